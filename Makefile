@@ -1,0 +1,50 @@
+# Every command makes its own virtual environment the first time and reuses it afterwards.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PINS := setup.cfg pyproject.toml constraints.txt
+# One stamp for each set of extras, so that the demo does not wait for the tests' tools.
+DEMO_READY := $(VENV)/.ready-demo
+TEST_READY := $(VENV)/.ready-test
+
+.PHONY: help demo test lint types unit interpreter bench package clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO_READY): $(PINS) | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[report]"
+	@touch $@
+
+$(TEST_READY): $(PINS) | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@ $(DEMO_READY)
+
+demo: $(DEMO_READY)  ## train the same GPT with torch and with memopt, and compare
+	$(BIN)/python -m examples.train_gpt --html demo.html
+
+test: lint types unit interpreter  ## everything CI checks
+
+lint: $(TEST_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TEST_READY)
+	$(BIN)/mypy
+
+unit: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/interpreter
+
+interpreter: $(TEST_READY)  # Triton compiles or interprets, never both in one process
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreter
+
+package: $(TEST_READY)  ## wheel and sdist, installed and imported outside the checkout
+	$(PYTHON) -m venv $(VENV)-build && $(VENV)-build/bin/pip install --quiet --disable-pip-version-check build
+	$(VENV)-build/bin/python -m build --outdir dist .
+	bash tests/check_wheel.sh dist $(PYTHON)
+
+clean:  ## remove the environments and what was built
+	rm -rf $(VENV) $(VENV)-build dist build *.egg-info demo.html

@@ -1,0 +1,61 @@
+"""memopt: train PyTorch models that do not fit in memory, without changing the training loop.
+
+Nothing is imported before it is used, so that ``import memopt`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from memopt.version import __version__
+
+if TYPE_CHECKING:
+    from memopt import integrations, kernels, offload, optim, planner
+    from memopt.kernels import contrastive_loss, linear_cross_entropy
+    from memopt.meter import meter
+    from memopt.offload import apply
+    from memopt.planner import plan, trace
+    from memopt.wrap import wrap
+
+_HOMES = {
+    "apply": "memopt.offload",
+    "contrastive_loss": "memopt.kernels",
+    "linear_cross_entropy": "memopt.kernels",
+    "meter": "memopt.meter",
+    "plan": "memopt.planner",
+    "trace": "memopt.planner",
+    "wrap": "memopt.wrap",
+}
+_ROOMS = ("integrations", "kernels", "offload", "optim", "planner")
+
+__all__ = [
+    "__version__",
+    "apply",
+    "contrastive_loss",
+    "integrations",
+    "kernels",
+    "linear_cross_entropy",
+    "meter",
+    "offload",
+    "optim",
+    "plan",
+    "planner",
+    "trace",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"memopt.{name}")
+    else:
+        raise AttributeError(f"module 'memopt' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    globals()[name] = value  # the next look-up is a plain one, also where a submodule of that name was imported
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,140 @@
+"""The plain values that pass between trace, policy, placement, validation and the runtime.
+
+Everything here is immutable, comparable and JSON-serialisable through ``dataclasses.asdict``. Times are indices of
+operations in the traced step; a lifetime ``[birth, death)`` is half-open. Sizes are in bytes, durations in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Action(str, Enum):
+    """What happens to a saved storage between forward and backward."""
+
+    KEEP = "keep"
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+    COMPRESS = "compress"
+
+
+class Category(str, Enum):
+    """What a storage is for, as the meter, the trace and the reports count it."""
+
+    WEIGHTS = "weights"
+    GRADIENTS = "gradients"
+    OPTIMIZER = "optimizer_state"
+    ACTIVATIONS = "activations"
+    LOGITS = "logits_and_loss"
+    TEMPORARIES = "temporaries"
+
+
+class Phase(str, Enum):
+    """The part of a training step in which an operation runs."""
+
+    FORWARD = "forward"
+    LOSS = "loss"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+class Status(str, Enum):
+    """How a solver's answer stands: proven best, found but not proven, or nothing fits."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One allocation: every tensor and view over it counts once."""
+
+    id: int
+    bytes: int
+    category: Category
+    birth: int
+    death: int
+    producer: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the traced step; ``reads`` and ``writes`` are storage ids."""
+
+    index: int
+    name: str
+    phase: Phase
+    block: int | None
+    flops: int
+    bytes_read: int
+    bytes_written: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class SavedStorage:
+    """A storage that autograd saves inside one call of a block.
+
+    ``index`` counts the call's distinct saved storages in the order in which autograd first packs them, leaving out
+    parameters, buffers and the storages of the block's inputs: trace and runtime see the same order.
+    """
+
+    index: int
+    storage: int
+    bytes: int
+    producer: int
+    token_wise: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One call of a repeated module. Blocks of one ``group`` have the same operations, shapes and saved storages."""
+
+    path: str
+    call: int
+    group: int
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    saved: tuple[SavedStorage, ...]
+    signature: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One training step of a model: what runs, what it allocates, and what backward needs."""
+
+    model: str
+    ops: tuple[Op, ...]
+    storages: tuple[Storage, ...]
+    blocks: tuple[Block, ...]
+    peak_bytes: int
+    dtype: str
+    meta: dict[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StorageAction:
+    """What the plan does with one saved storage; ``fraction`` is the share of its rows that the action covers."""
+
+    index: int
+    bytes: int
+    action: Action
+    fraction: float = 1.0
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The actions of one call of one block, by saved-storage index; the runtime checks ``signature``."""
+
+    path: str
+    call: int
+    signature: str
+    actions: tuple[StorageAction, ...]
