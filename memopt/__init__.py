@@ -13,19 +13,19 @@ from memopt.version import __version__
 if TYPE_CHECKING:
     from memopt import integrations, kernels, offload, optim, planner
     from memopt.kernels import contrastive_loss, linear_cross_entropy
-    from memopt.meter import meter
+    from memopt.metering import meter
     from memopt.offload import apply
     from memopt.planner import plan, trace
-    from memopt.wrap import wrap
+    from memopt.wrapping import wrap
 
 _HOMES = {
     "apply": "memopt.offload",
     "contrastive_loss": "memopt.kernels",
     "linear_cross_entropy": "memopt.kernels",
-    "meter": "memopt.meter",
+    "meter": "memopt.metering",
     "plan": "memopt.planner",
     "trace": "memopt.planner",
-    "wrap": "memopt.wrap",
+    "wrap": "memopt.wrapping",
 }
 _ROOMS = ("integrations", "kernels", "offload", "optim", "planner")
 
