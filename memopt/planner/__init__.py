@@ -1,1 +1,36 @@
 """memopt.planner"""
+
+from memopt.planner.plan_file import Plan, Timeline
+from memopt.planner.units import BudgetError, format_bytes, parse_bytes
+from memopt.planner.values import (
+    Action,
+    Block,
+    BlockPlan,
+    Category,
+    Op,
+    Phase,
+    SavedStorage,
+    Status,
+    Storage,
+    StorageAction,
+    Trace,
+)
+
+__all__ = [
+    "Action",
+    "Block",
+    "BlockPlan",
+    "BudgetError",
+    "Category",
+    "Op",
+    "Phase",
+    "Plan",
+    "SavedStorage",
+    "Status",
+    "Storage",
+    "StorageAction",
+    "Timeline",
+    "Trace",
+    "format_bytes",
+    "parse_bytes",
+]

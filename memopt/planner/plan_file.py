@@ -1,0 +1,147 @@
+"""The answer of the planner, as a value and as a versioned JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from memopt.planner.strict_json import from_json, to_json
+from memopt.planner.values import BlockPlan, Status, Trace
+from memopt.version import __version__
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Resident bytes over one step: from ``seconds[i]`` on, ``by_category[c][i]`` bytes of category ``c``."""
+
+    seconds: tuple[float, ...]
+    by_category: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every saved storage, what it costs, and how sure that is.
+
+    Sizes are bytes of the whole step on one device: weights, gradients, optimizer state, activations, logits, loss and
+    temporaries. ``peak_bytes``, the seconds and the timelines come from ``validate``'s simulation, not from a solver.
+
+    Attributes:
+        status: ``"optimal"``, ``"feasible"`` (fits, not proven best within ``gap``) or ``"infeasible"``.
+        method: how the answer was obtained, in words.
+        gap: the step can be at most this share faster under any other plan of the model that the solver saw.
+        budget_bytes: what was asked for; ``None`` where no limit was given.
+        peak_bytes: of the plan; of the smallest plan found where nothing fits.
+        peak_at: the operation at the peak.
+        by_category: the bytes at the peak; they sum to ``peak_bytes``.
+        smallest_budget_bytes: a budget that does fit, where this one does not.
+        binding: what keeps the peak from falling further, in words.
+        compute_seconds: forward, backward and optimizer without any action; the step's other seconds are added to it.
+        swap_tier: ``"host"``, ``"disk"`` or ``"none"``.
+        swapped_bytes: written to the tier per step; ``host_bytes`` of them at most at a time.
+        blocks: the actions, block call by block call; empty where nothing fits.
+    """
+
+    model: str
+    model_signature: str
+    dtype: str
+    hardware: str
+    status: Status
+    method: str
+    gap: float
+    budget_bytes: int | None
+    peak_bytes: int
+    peak_at: str
+    baseline_peak_bytes: int
+    by_category: dict[str, int]
+    smallest_budget_bytes: int | None
+    binding: str
+    compute_seconds: float
+    recompute_seconds: float
+    stall_seconds: float
+    compression_seconds: float
+    swap_tier: str
+    swapped_bytes: int
+    host_bytes: int
+    blocks: tuple[BlockPlan, ...]
+    timeline_before: Timeline
+    timeline_after: Timeline
+    solve_seconds: float = 0.0
+    format_version: int = FORMAT_VERSION
+    memopt_version: str = __version__
+
+    @property
+    def step_seconds(self) -> float:
+        """Modelled seconds of one step: compute, recompute, stalls and compression."""
+        return self.compute_seconds + self.recompute_seconds + self.stall_seconds + self.compression_seconds
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file appears whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(to_json(self), separators=(",", ":"), allow_nan=False), encoding="utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], trace: Trace | None = None) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Args:
+            path: the JSON file.
+            trace: where given, the plan must have been made for it.
+
+        Raises:
+            ValueError: not JSON; written in another format version; a field is unknown, missing or mistyped; made for
+                another model than ``trace``. The message says what differs.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"plan file {path} is not JSON: {error}") from error
+        if not isinstance(data, dict) or "format_version" not in data:
+            raise ValueError(f"plan file {path} lacks the field 'format_version'; is it a memopt plan?")
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"plan file {path} has format version {data['format_version']!r}, written by memopt "
+                f"{data.get('memopt_version', '?')}; memopt {__version__} reads version {FORMAT_VERSION}: plan again"
+            )
+        plan = from_json(cls, data, "plan")
+        if trace is not None:
+            plan.check_model(trace)
+        return plan
+
+    def check_model(self, trace: Trace) -> None:
+        """Refuse a trace of another model, other shapes or another dtype than the plan was made for.
+
+        Raises:
+            ValueError: the message names the first thing that differs.
+        """
+        if self.model_signature == model_signature(trace):
+            return
+        for what, ours, theirs in (("model", self.model, trace.model), ("dtype", self.dtype, trace.dtype)):
+            if ours != theirs:
+                raise ValueError(f"the plan was made for {what} {ours}, the trace is of {what} {theirs}: plan again")
+        if len(self.blocks) != len(trace.blocks):
+            raise ValueError(
+                f"the plan was made for {len(self.blocks)} block calls, the trace has {len(trace.blocks)}: plan again"
+            )
+        for mine, block in zip(self.blocks, trace.blocks, strict=True):
+            if (mine.path, mine.call, mine.signature) != (block.path, block.call, block.signature):
+                raise ValueError(
+                    f"block {block.path} (call {block.call}) is not the block {mine.path} (call {mine.call}) "
+                    "that the plan was made for: its operations or shapes differ; plan again"
+                )
+        raise ValueError("the plan was made for another step of this model (optimizer, loss or shapes): plan again")
+
+
+def model_signature(trace: Trace) -> str:
+    """Hash of what a plan depends on: model, dtype, blocks, and the peak of the whole step."""
+    text = repr((trace.model, trace.dtype, trace.peak_bytes, [(b.path, b.call, b.signature) for b in trace.blocks]))
+    return sha256(text.encode()).hexdigest()[:16]
