@@ -1,1 +1,25 @@
-"""memopt.kernels"""
+"""Operations on tensors: block quantisation, the fused optimizer step, losses; for CPU, GPU and as plain torch."""
+
+from __future__ import annotations
+
+from memopt.kernels import math
+from memopt.kernels.backend import choose_backend
+from memopt.kernels.codecs import Codec, codec_names, get_codec, register_codec
+from memopt.kernels.quantized import Quantized, dequantize_blockwise, quantize_blockwise
+from memopt.kernels.stepping import step
+from memopt.kernels.update import State, Update
+
+__all__ = [
+    "Codec",
+    "Quantized",
+    "State",
+    "Update",
+    "choose_backend",
+    "codec_names",
+    "dequantize_blockwise",
+    "get_codec",
+    "math",
+    "quantize_blockwise",
+    "register_codec",
+    "step",
+]

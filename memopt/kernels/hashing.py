@@ -1,0 +1,62 @@
+"""Random numbers for stochastic rounding: a counter-based hash, so that nothing is stored and shards agree.
+
+The 32-bit word of an element is a function of (seed, step, parameter number, draw, global element index) alone. A word
+holds two 16-bit numbers, so one hash serves two states: slot ``j`` is half ``j % 2`` of draw ``j // 2``. A slot's
+number ``h`` stands for the uniform ``(h + 1/2) / 65536``, whose probability error is at most ``2**-17``.
+
+The global index of an element is that of its row's first element plus its place in the row; the index's upper 32 bits
+are taken at the start of the row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+MASK64 = 0xFFFFFFFFFFFFFFFF
+GOLDEN32, M1, M2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+GOLDEN64 = 0x9E3779B97F4A7C15
+
+
+def mix64(x: int) -> int:
+    """The output function of SplitMix64, on Python integers."""
+    x = (x + GOLDEN64) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def base_key(seed: int, step: int, number: int) -> int:
+    """The 64-bit key of one parameter in one step."""
+    return mix64(mix64(mix64(seed & MASK64) ^ (step & MASK64)) ^ (number & MASK64))
+
+
+def row_keys(base: int, row_start: int, draw: int) -> tuple[int, int]:
+    """The two 32-bit keys of a row whose first element has the global index ``row_start``."""
+    key = mix64(base ^ ((row_start >> 32) * 2 + 1 + (draw << 33)) & MASK64)
+    return key & MASK32, key >> 32
+
+
+def uniforms(base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device) -> Tensor:
+    """The uniforms in (0, 1) of ``rows`` rows whose first element has the global index ``first``; float32."""
+    return (halves(base, first, rows, row_length, slot, device).float() + 0.5) * 2.0**-16
+
+
+def halves(
+    base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device, column: int = 0
+) -> Tensor:
+    """The 16-bit numbers of one slot, int64 (rows, row_length), from the given column of the row on."""
+    starts = first + row_length * torch.arange(rows, device=device)[:, None]
+    high = starts >> 32
+    k1, k2 = torch.zeros_like(starts), torch.zeros_like(starts)
+    for value in range(first >> 32, ((first + row_length * max(rows - 1, 0)) >> 32) + 1):
+        keys = row_keys(base, value << 32, slot // 2)
+        k1[high == value], k2[high == value] = keys
+    low = starts & MASK32
+    h = (low + column + torch.arange(row_length, device=device)) & MASK32
+    h = (h * GOLDEN32 + k1) & MASK32
+    h = ((h ^ (h >> 16)) * M1 + k2) & MASK32
+    h = ((h ^ (h >> 13)) * M2) & MASK32
+    h ^= h >> 16
+    return (h >> 16) if slot % 2 else (h & 0xFFFF)

@@ -1,0 +1,103 @@
+"""Blockwise quantisation: the values that carry it, and the functions users call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memopt.kernels import quantize_torch
+from memopt.kernels.backend import choose_backend
+from memopt.kernels.codecs import Codec, get_codec
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Quantized:
+    """A tensor as codes and scales.
+
+    Attributes:
+        codes: uint8; the tensor's shape for 8-bit codecs; (rows, bytes) or, of a 1-D tensor, (bytes,) for 4-bit ones.
+        scales: float32 (rows, blocks), or (blocks,) of a 1-D tensor.
+        shape: the shape of the tensor.
+        codec: how to read the codes.
+
+    Rows are the slices of the first dimension: ``codes`` and ``scales`` may be cut along theirs as the tensor is.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, ...]
+    codec: Codec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.numel() * self.codes.element_size() + self.scales.numel() * self.scales.element_size()
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], codec: Codec | str, device: torch.device | str = "cpu") -> Quantized:
+        """A quantised tensor of zeros: every scale is 0."""
+        codec = get_codec(codec)
+        shape = tuple(shape)
+        blocks = codec.blocks(shape)
+        codes = torch.zeros(blocks.code_shape(shape, codec.bits), dtype=torch.uint8, device=device)
+        return cls(codes, torch.zeros(blocks.scale_shape, dtype=torch.float32, device=device), shape, codec)
+
+
+def quantize_blockwise(
+    x: Tensor,
+    codec: Codec | str = "sq127",
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    step: int = 0,
+    number: int = 0,
+    offset: int = 0,
+) -> Quantized:
+    """Codes and scales of ``x``.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and strides.
+        codec: a :class:`Codec` or its registered name.
+        rounding: ``"nearest"`` (exactly) or ``"stochastic"`` (unbiased to ``2**-17`` of a cell).
+        seed, step, number: what the random numbers depend on, besides the element's index.
+        offset: the global index of ``x``'s first element, when ``x`` is some of the rows of a larger tensor.
+
+    Returns:
+        A :class:`Quantized`. A block that holds a NaN or an infinity has scale NaN and decodes to NaN.
+    """
+    codec = get_codec(codec)
+    check_floating("x", x)
+    check_rounding(rounding)
+    backend = choose_backend(x.device)
+    if backend == "torch":
+        return Quantized(
+            *quantize_torch.quantize(x, codec, rounding, seed, step, number, offset), tuple(x.shape), codec
+        )
+    return Quantized(*quantize_torch.quantize(x, codec, rounding, seed, step, number, offset), tuple(x.shape), codec)
+
+
+def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor of shape ``q.shape`` that the codes stand for, contiguous, in float32, bfloat16 or float16."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    return quantize_torch.dequantize(q.codes, q.scales, q.shape, q.codec).to(dtype)
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Refuses what is not a dense float tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}; convert it first")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be dense, got layout {x.layout}; call .to_dense() first")
+
+
+def check_rounding(rounding: str) -> None:
+    """Refuses an unknown rounding."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")

@@ -1,0 +1,95 @@
+"""A checked call of the fused step, as every back end receives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memopt.kernels.codecs import Codec
+from memopt.kernels.quantized import FLOATS, Quantized, check_floating, check_rounding
+from memopt.kernels.update import Update
+
+Stored = Tensor | Quantized
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """The arguments of :func:`memopt.kernels.step`, complete and checked."""
+
+    update: Update
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Sequence[Stored]]
+    codecs: tuple[Codec | None, ...]
+    roundings: tuple[str, ...]
+    scalars: Mapping[str, float]
+    seed: int
+    step: int
+    numbers: Sequence[int]
+    offsets: Sequence[int]
+    param_rounding: str
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Block sizes of the quantised states; (1,) where there are none."""
+        return tuple(c.block for c in self.codecs if c is not None) or (1,)
+
+
+def check(request: StepRequest) -> None:
+    """Raises ValueError or TypeError that names the argument, before anything is changed."""
+    update, count = request.update, len(request.params)
+    _same_length("grads", request.grads, count)
+    _same_length("numbers", request.numbers, count)
+    _same_length("offsets", request.offsets, count)
+    for name, given in (("states", request.states), ("codecs", request.codecs), ("roundings", request.roundings)):
+        if len(given) != len(update.states):
+            raise ValueError(f"{name} must have one entry for each of the {len(update.states)} states of "
+                             f"{update.name!r}, got {len(given)}")  # fmt: skip
+    missing = [name for name in update.scalars if name not in request.scalars]
+    if missing:
+        raise ValueError(f"scalars lacks {', '.join(missing)}, which update {update.name!r} needs")
+    check_rounding(request.param_rounding)
+    for rounding in request.roundings:
+        check_rounding(rounding)
+    for i, (p, g) in enumerate(zip(request.params, request.grads, strict=True)):
+        check_floating(f"params[{i}]", p)
+        check_floating(f"grads[{i}]", g)
+        if g.shape != p.shape or g.device != p.device:
+            raise ValueError(f"grads[{i}] must be like params[{i}], {tuple(p.shape)} on {p.device}, "
+                             f"got {tuple(g.shape)} on {g.device}")  # fmt: skip
+        if request.offsets[i] < 0:
+            raise ValueError(f"offsets[{i}] must not be negative, got {request.offsets[i]}")
+    for j, stored in enumerate(request.states):
+        name = update.states[j].name
+        _same_length(f"states[{j}] ({name})", stored, count)
+        codec = request.codecs[j]
+        for i, (p, state) in enumerate(zip(request.params, stored, strict=True)):
+            _check_state(f"states[{j}][{i}] ({name})", p, state, codec)
+
+
+def _check_state(label: str, p: Tensor, state: Stored, codec: Codec | None) -> None:
+    if codec is None:
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{label} must be a tensor where codecs gives None, got {type(state).__name__}")
+        if state.shape != p.shape or state.dtype not in FLOATS or state.device != p.device:
+            raise ValueError(f"{label} must be a float tensor {tuple(p.shape)} on {p.device}, "
+                             f"got {state.dtype} {tuple(state.shape)} on {state.device}")  # fmt: skip
+        return
+    if not isinstance(state, Quantized):
+        raise TypeError(f"{label} must be Quantized for codec {codec.name!r}, got {type(state).__name__}")
+    blocks = codec.blocks(p.shape)
+    for part, tensor, shape, dtype in (
+        ("codes", state.codes, blocks.code_shape(p.shape, codec.bits), torch.uint8),
+        ("scales", state.scales, blocks.scale_shape, torch.float32),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != p.device or not tensor.is_contiguous():
+            raise ValueError(f"{label}.{part} must be contiguous {dtype} {shape} on {p.device} for codec {codec.name!r} "
+                             f"with block {codec.block}, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")  # fmt: skip
+
+
+def _same_length(name: str, given: Sequence[object], count: int) -> None:
+    if len(given) != count:
+        raise ValueError(f"{name} must have one entry per parameter ({count}), got {len(given)}")

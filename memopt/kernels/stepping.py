@@ -1,0 +1,75 @@
+"""The fused optimizer step over many parameters: load, decode, update, encode, store, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from memopt.kernels import step_torch
+from memopt.kernels.backend import choose_backend
+from memopt.kernels.codecs import Codec, get_codec
+from memopt.kernels.request import StepRequest, Stored, check
+from memopt.kernels.update import Update
+
+
+def step(
+    update: Update,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Stored]],
+    codecs: Sequence[Codec | str | None],
+    scalars: Mapping[str, float],
+    *,
+    seed: int = 0,
+    step: int = 0,
+    numbers: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    roundings: Sequence[str | None] | None = None,
+    param_rounding: str = "nearest",
+) -> dict[str, Tensor]:
+    """Applies ``update`` to every parameter in place.
+
+    Args:
+        update: the rule.
+        params: float32, bfloat16 or float16 tensors on one device, any strides.
+        grads: one gradient per parameter, of its shape; float32, bfloat16 or float16.
+        states: for each state of the rule, one entry per parameter: a float tensor of its shape, or a
+            :class:`~memopt.kernels.Quantized`.
+        codecs: for each state its codec (or its name), None where the tensors are plain.
+        scalars: the rule's numbers by name, the same for all parameters of the call.
+        seed, step: with the parameter's number and the element's global index, what the random numbers depend on.
+        numbers: the number of each parameter in the model, so that calls may be grouped freely; default 0, 1, ...
+        offsets: the global index of the first element of each parameter, where it holds some of the rows of a
+            sharded one; default 0.
+        roundings: for each state ``"nearest"`` or ``"stochastic"``; default: the codec's own, nearest for plain ones.
+        param_rounding: how parameters below 32 bits are rounded.
+
+    Returns:
+        The rule's reductions by name, float32 (number of parameters,); empty for most rules.
+
+    All arithmetic is float32. Nothing is changed when an argument is refused. Results do not depend on the number of
+    threads, nor on how rows are sharded.
+    """
+    chosen = tuple(None if c is None else get_codec(c) for c in codecs)
+    given = tuple(roundings) if roundings is not None else (None,) * len(chosen)
+    request = StepRequest(
+        update=update,
+        params=params,
+        grads=grads,
+        states=states,
+        codecs=chosen,
+        roundings=tuple(r or (c.rounding if c else "nearest") for r, c in zip(given, chosen, strict=False)),
+        scalars=scalars,
+        seed=seed,
+        step=step,
+        numbers=numbers if numbers is not None else range(len(params)),
+        offsets=offsets if offsets is not None else (0,) * len(params),
+        param_rounding=param_rounding,
+    )
+    check(request)
+    if not params:
+        return {name: torch.zeros(0) for name in update.reductions}
+    choose_backend(params[0].device)
+    return step_torch.run(request)
