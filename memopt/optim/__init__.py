@@ -1,1 +1,19 @@
-"""memopt.optim"""
+"""Optimizers: rules x state formats x coverage. Every rule in ``memopt/optim/rules`` is offered here by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memopt.optim.formats import StateFormat
+from memopt.optim.optimizer import RuleOptimizer
+from memopt.optim.registry import make, optimizers
+
+globals().update(optimizers())
+
+__all__ = ["RuleOptimizer", "StateFormat", "make"]
+__all__ += optimizers()
+__all__.sort()
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"module 'memopt.optim' has no attribute {name!r}; it offers {', '.join(__all__)}")

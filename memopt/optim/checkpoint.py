@@ -1,0 +1,150 @@
+"""State dicts: what they carry, and the checks that stand between a state dict and an optimizer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memopt.optim.batch import Slot
+    from memopt.optim.optimizer import RuleOptimizer
+
+VERSION = 1
+HEADER = ("rule", "version", "skipped_steps")
+_TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+
+
+def header(rule: str) -> dict[str, Any]:
+    """What every parameter group says about itself, in memory and in state dicts."""
+    return {"rule": rule, "version": VERSION, "skipped_steps": 0}
+
+
+def export(optimizer: RuleOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
+    """torch's state dict of the optimizer with step counts as tensors, and the shape of each low-bit parameter."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for key, stored in packed["state"].items():
+        entry = dict(stored)
+        if "step" in entry:
+            entry["step"] = torch.tensor(float(entry["step"]))
+            if any(name.endswith("_codes") for name in entry):
+                entry["shape"] = torch.tensor(tuple(params[key].shape), dtype=torch.int64)
+        state[key] = entry
+    return {**packed, "state": state}
+
+
+def load(optimizer: RuleOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Check everything, then replace the optimizer's groups and states."""
+    incoming: dict[str, Any] = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(optimizer, incoming)
+        if changed is not None:
+            incoming = changed
+    groups, state = _read(optimizer, incoming)
+    optimizer.__setstate__({"state": state, "param_groups": groups})
+    for done in optimizer._optimizer_load_state_dict_post_hooks.values():
+        done(optimizer)
+
+
+def _read(
+    optimizer: RuleOptimizer, incoming: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
+    for part in ("state", "param_groups"):
+        if part not in incoming:
+            raise ValueError(f"the state dict has no {part!r}; it must be what an optimizer's state_dict() returned")
+    saved_groups = incoming["param_groups"]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"the state dict has groups of {saved_sizes} parameters, this optimizer of {sizes}; nothing loaded"
+        )
+    problems: list[str] = []
+    groups = []
+    for i, (own, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        problems += [f"group {i}: {text}" for text in _differences(optimizer, own, saved)]
+        groups.append(_merge(own, saved))
+    if problems:
+        raise ValueError(_message(problems))
+    for group in groups:
+        optimizer._check_options(group)
+    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    number = 0
+    for group, saved in zip(groups, saved_groups, strict=True):
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            stored = incoming["state"].get(key)
+            if stored:
+                slot = optimizer.slot(number, group, param)
+                try:
+                    state[param] = _restore(slot, stored)
+                except ValueError as error:
+                    problems.append(f"parameter {number}: {error}")
+            number += 1
+    if problems:
+        raise ValueError(_message(problems))
+    return groups, state
+
+
+def _message(problems: list[str]) -> str:
+    shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    return f"the state dict does not fit this optimizer, nothing loaded: {shown}"
+
+
+def _differences(optimizer: RuleOptimizer, own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    found = []
+    if "rule" in saved:
+        if saved["rule"] != own["rule"]:
+            found.append(f"it is of rule {saved['rule']!r}, this optimizer is {own['rule']!r}")
+        if saved["version"] > VERSION:
+            found.append(f"it is of version {saved['version']}, this memopt reads up to {VERSION}")
+        if saved["state"] != own["state"]:
+            found.append(
+                f"its format is {saved['state']!r}, this optimizer's {own['state']!r} (memopt.optim.convert changes it)"
+            )
+    return found
+
+
+def _merge(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved options over our own; parameters, and what only torch's implementations use, are left out."""
+    kept = {k: deepcopy(v) for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY}
+    return {**own, **kept, "params": own["params"]}
+
+
+def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's states in the slot's format and on its device, copied; plain ones are encoded where needed."""
+    local = slot.extent.local
+    device = slot.param.device
+    taken = {"step", "shape"}
+    result: dict[str, Any] = {}
+    for spec in slot.specs:
+        keys = slot.format.keys(spec)
+        plain = stored.get(spec.name)
+        if plain is not None and (keys != (spec.name,) or isinstance(plain, Tensor)):
+            if tuple(plain.shape) != local:
+                raise ValueError(f"{spec.name} has shape {tuple(plain.shape)}, the parameter {local}")
+            value = torch.empty_like(slot.param, dtype=torch.float32).copy_(plain)
+            result.update(slot.format.encode(spec, value, slot.extent))
+            taken.add(spec.name)
+            continue
+        fresh = slot.format.allocate(spec, slot.param, slot.extent)
+        for key, expected in fresh.items():
+            found = stored.get(key)
+            if not isinstance(found, Tensor):
+                raise ValueError(f"it has no {key}")
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise ValueError(
+                    f"{key} is {found.dtype} of shape {tuple(found.shape)}, "
+                    f"needed is {expected.dtype} of shape {tuple(expected.shape)}"
+                )
+            result[key] = expected.copy_(found)
+            taken.add(key)
+    left = sorted(key for key in stored if key not in taken and stored[key] is not None)
+    if left:
+        raise ValueError(f"it holds {', '.join(left)}, which this optimizer does not keep")
+    result["step"] = int(stored.get("step", 1))
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in result.items()}

@@ -1,0 +1,73 @@
+"""Checks of a parameter group's options. Each raises ``ValueError`` naming the option, its value and what is wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Group = Mapping[str, Any]
+
+
+def number(value: Any, name: str, accepts: Callable[[float], bool], wanted: str) -> float:
+    """``value`` as a float if it is a real number (or a tensor of one element) that ``accepts`` takes."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; it must have exactly one element")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be {wanted}")
+    if not accepts(value):
+        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+    return float(value)
+
+
+def non_negative(group: Group, *names: str) -> None:
+    """Each named option is a finite number of at least 0."""
+    for name in names:
+        number(group[name], name, lambda v: 0 <= v < math.inf, "a finite number of at least 0")
+
+
+def positive(group: Group, *names: str) -> None:
+    """Each named option is a finite number above 0."""
+    for name in names:
+        number(group[name], name, lambda v: 0 < v < math.inf, "a finite number above 0")
+
+
+def fraction(group: Group, *names: str) -> None:
+    """Each named option lies in [0, 1)."""
+    for name in names:
+        number(group[name], name, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+
+
+def fractions(group: Group, name: str, count: int) -> None:
+    """The named option is a sequence of ``count`` numbers in [0, 1), as ``betas`` are."""
+    values = group[name]
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        raise ValueError(f"{name} is {values!r}; it must be {count} numbers from 0 up to, not including, 1")
+    for i, value in enumerate(values):
+        number(value, f"{name}[{i}]", lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+
+
+def flag(group: Group, *names: str) -> None:
+    """Each named option is a bool."""
+    for name in names:
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} is {group[name]!r}; it must be True or False")
+
+
+def whole(group: Group, *names: str, minimum: int = 0) -> None:
+    """Each named option is an int of at least ``minimum``."""
+    for name in names:
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+
+
+def one_of(group: Group, name: str, choices: tuple[Any, ...]) -> None:
+    """The named option is one of ``choices``."""
+    if group[name] not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name} is {group[name]!r}; it must be one of {listed}")

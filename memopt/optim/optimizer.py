@@ -1,0 +1,215 @@
+"""The optimizer object: groups, state and checkpoints. The arithmetic is the rule's and the kernels'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from memopt.kernels import State
+from memopt.optim import checkpoint, checks
+from memopt.optim.batch import Batch, Slot
+from memopt.optim.coverage import All, Coverage
+from memopt.optim.formats import StateFormat, get_format
+from memopt.optim.layout import MIN_LOW_BIT_SIZE, Extent
+
+ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
+
+PARAM_ROUNDINGS = ("nearest", "stochastic")
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """What every rule's optimizer shares. A rule sets ``rule`` and gives ``check``, ``states`` and ``update``.
+
+    Args:
+        params: parameters, or groups of them; every option can be set per group.
+        own: the rule's own options with their values.
+        state: how states are kept: a name (``"fp32"``, ``"bf16"``, ``"8bit"``, ...) or a ``StateFormat``. Parameters of
+            fewer than 4096 elements (of the global shape) keep fp32 states in every low-bit format.
+        maximize: climb instead of descend.
+        param_rounding: how new values are rounded where parameters are bf16 or fp16: ``"nearest"`` or ``"stochastic"``
+            (unbiased: small updates are not lost on average).
+        seed: seed of the stochastic rounding, which depends on nothing but this seed, the step, the parameter's
+            position and the element's index.
+        skip_nonfinite: when any gradient holds a NaN or an infinity, change nothing and count the step in
+            ``group["skipped_steps"]``. It reads every gradient once more, and waits for the device.
+    """
+
+    rule: ClassVar[str]
+    coverage: Coverage = All()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        own: dict[str, Any],
+        *,
+        state: str | StateFormat = "8bit",
+        maximize: bool = False,
+        param_rounding: str = "nearest",
+        seed: int = 0,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        defaults = {
+            **own,
+            "state": state,
+            "maximize": maximize,
+            "param_rounding": param_rounding,
+            "seed": seed,
+            "skip_nonfinite": skip_nonfinite,
+        }
+        self._check_options(defaults)
+        defaults["state"] = get_format(state).name
+        super().__init__(params, defaults)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` or ``TypeError`` where one of the rule's own options in ``group`` is wrong."""
+        raise NotImplementedError
+
+    def states(self, group: Mapping[str, Any], param: Tensor) -> tuple[State, ...]:
+        """The states that ``param`` has under these options."""
+        raise NotImplementedError
+
+    def update(self, batch: Batch) -> None:
+        """Take one step for a batch of parameters."""
+        raise NotImplementedError
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        self.check(group)
+        get_format(group["state"])
+        checks.flag(group, "maximize", "skip_nonfinite")
+        checks.one_of(group, "param_rounding", PARAM_ROUNDINGS)
+        checks.whole(group, "seed")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own options; the constructor's fill the gaps. A wrong option adds nothing."""
+        unknown = set(param_group) - set(self.defaults) - {"params", "param_names", "initial_lr", *checkpoint.HEADER}
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} has no option {', '.join(sorted(map(repr, unknown)))} for a parameter group; "
+                f"the options are {', '.join(self.defaults)}"
+            )
+        merged = {**self.defaults, **param_group}
+        self._check_options(merged)
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for param in params:
+            tensor = param[1] if isinstance(param, tuple) else param
+            if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+                raise ValueError(
+                    f"{type(self).__name__} got a parameter of {tensor.dtype}; it takes real floating-point parameters"
+                    + (" (view a complex one with torch.view_as_real)" if tensor.is_complex() else "")
+                )
+        header = checkpoint.header(self.rule)
+        state = get_format(merged["state"]).name
+        super().add_param_group({**param_group, "params": params, "state": state, **header})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step on every parameter that has a gradient.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss; optional.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse; nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches = self._batches()
+        if self._skips(batches):
+            return loss
+        for batch in batches:
+            for slot in batch.slots:
+                slot.stored["step"] = batch.step
+            self.update(batch)
+        return loss
+
+    def state_bytes(self) -> int:
+        """Bytes of everything kept between steps: codes, scales, plain states and compensations."""
+        return sum(
+            value.nbytes for stored in self.state.values() for value in stored.values() if isinstance(value, Tensor)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: plain tensors and numbers. Groups also carry the rule, the format, the seed and a version."""
+        return checkpoint.export(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state dict of this rule and format, or of torch's own optimizer for this rule.
+
+        fp32 states of a torch optimizer are put into this optimizer's format.
+
+        Raises:
+            ValueError: another rule, format, version or shape; the message says what differs and nothing is loaded.
+        """
+        checkpoint.load(self, state_dict)
+
+    def _skips(self, batches: list[Batch]) -> bool:
+        grads = [grad for batch in batches if batch.group["skip_nonfinite"] for grad in batch.grads]
+        if not grads:
+            return False
+        largest = torch.stack([g.detach().abs().amax().float().cpu() for g in grads if g.numel()] or [torch.zeros(())])
+        if bool(torch.isfinite(largest).all()):
+            return False
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        return True
+
+    def slot(self, number: int, group: Mapping[str, Any], param: Tensor) -> Slot:
+        """How a parameter's states are kept, without allocating them."""
+        extent = Extent(tuple(param.shape), tuple(param.shape))
+        chosen = get_format(group["state"])
+        if chosen.block and extent.numel < MIN_LOW_BIT_SIZE:
+            chosen = get_format("fp32")
+        return Slot(param, number, extent, self.states(group, param), chosen, self.state[param])
+
+    def initial_values(self, group: Mapping[str, Any]) -> Mapping[str, float]:
+        """What states start from where that is not 0."""
+        return {}
+
+    def _initialise(self, slot: Slot, group: Mapping[str, Any]) -> None:
+        values = self.initial_values(group)
+        for spec in slot.specs:
+            if spec.name in values:
+                full = torch.full_like(slot.param, values[spec.name], dtype=torch.float32)
+                slot.stored.update(slot.format.encode(spec, full, slot.extent))
+            else:
+                slot.stored.update(slot.format.allocate(spec, slot.param, slot.extent))
+        slot.stored["step"] = 0
+
+    def _batches(self) -> list[Batch]:
+        """Parameters with gradients, gathered into as few batches as their differences allow."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} got a sparse gradient for a parameter of shape {tuple(param.shape)}; "
+                        "it takes dense gradients (for an embedding, sparse=False)"
+                    )
+        batches: dict[tuple[Any, ...], Batch] = {}
+        number = -1
+        for index, group in enumerate(self.param_groups):
+            grad_scale = -1.0 if group["maximize"] else 1.0
+            for param in group["params"]:
+                number += 1
+                grad = param.grad
+                if grad is None or not self.coverage.covers(number, param):
+                    continue
+                slot = self.slot(number, group, param)
+                if "step" not in slot.stored:
+                    self._initialise(slot, group)
+                step = slot.stored["step"] + 1
+                key = (index, step, slot.specs, slot.format.name, param.dtype, grad.dtype, param.device)
+                batch = batches.get(key)
+                if batch is None:
+                    batch = batches[key] = Batch(group, step, grad_scale)
+                batch.slots.append(slot)
+                batch.grads.append(grad)
+        return list(batches.values())
