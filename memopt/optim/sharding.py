@@ -1,0 +1,125 @@
+"""What the optimizers need to know of DTensor parameters: the part held here, where it lies, and who holds the rest.
+
+FSDP2 gives every parameter as a DTensor sharded along its first dimension, in uneven parts where that does not divide.
+Optimizers work on the local part; precision, rows and blocks follow the whole shape, and the stochastic rounding
+follows the element's index in the whole parameter, so that a sharded run gives the values of an unsharded one.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memopt.optim.layout import Extent
+
+Shape = tuple[int, ...]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor (no import of torch.distributed.tensor where none is used)."""
+    return dist.is_available() and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The part held by this rank, sharing memory and detached; an ordinary tensor is its own part.
+
+    Raises:
+        ValueError: a DTensor whose values still have to be summed over ranks.
+    """
+    if not is_sharded(tensor):
+        return tensor.detach()
+    if any(placement.is_partial() for placement in cast(Any, tensor).placements):
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} is a DTensor with partial sums ({cast(Any, tensor).placements}); "
+            "redistribute it to a sharded or replicated one first"
+        )
+    return cast(Tensor, cast(Any, tensor)._local_tensor).detach()
+
+
+@lru_cache(maxsize=65536)
+def _place(shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> tuple[Shape, Shape]:
+    """Local shape and the offset of its first element in each dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    return tuple(local), tuple(offset)
+
+
+def extent_of(param: Tensor) -> Extent:
+    """The whole shape of a parameter and the shape of the part held here.
+
+    Cut along another dimension than the first (tensor parallelism by columns), rows are shorter on every rank: the
+    whole shape given is then that of the rows as they are cut, and blocks are those of the shorter rows.
+    """
+    if not is_sharded(param):
+        shape = tuple(param.shape)
+        return Extent(shape, shape)
+    local = tuple(local_of(param).shape)
+    return Extent((*param.shape[:1], *local[1:]), local)
+
+
+def offset_of(param: Tensor) -> int:
+    """Index, in the flattened whole parameter, of the first element held here; 0 for an ordinary tensor."""
+    if not is_sharded(param):
+        return 0
+    one = cast(Any, param)
+    local, offset = _place(tuple(param.shape), one.device_mesh, tuple(one.placements))
+    if math.prod(local) == 0:
+        return 0
+    index = 0
+    for size, start in zip(param.shape, offset, strict=True):
+        index = index * size + start
+    return index
+
+
+def like(param: Tensor, local: Tensor, shape: Shape) -> Tensor:
+    """A state's local part as a tensor that checkpoints can reshard.
+
+    Args:
+        param: the parameter the state belongs to.
+        local: the state's part on this rank; its first dimension is the parameter's.
+        shape: the whole state's shape.
+
+    Returns:
+        A DTensor with the parameter's placements, sharing memory with ``local``; ``local`` itself for an ordinary one.
+    """
+    if not is_sharded(param):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    one = cast(Any, param)
+    stride = torch.empty(shape, device="meta").stride()
+    return cast(
+        Tensor,
+        DTensor.from_local(
+            local, one.device_mesh, one.placements, run_check=False, shape=torch.Size(shape), stride=stride
+        ),
+    )
+
+
+def _reduce(value: Tensor, param: Tensor, operation: Any) -> Tensor:
+    if is_sharded(param):
+        one = cast(Any, param)
+        for dimension, placement in enumerate(one.placements):
+            if not placement.is_replicate():  # replicas hold the same values already
+                dist.all_reduce(value, op=operation, group=one.device_mesh.get_group(dimension))
+    return value
+
+
+def reduce_max(value: Tensor, param: Tensor) -> Tensor:
+    """The elementwise largest over the ranks that hold parts of ``param``, in place; one all-reduce.
+
+    Every one of these ranks must call it, those that hold no element too (with ``-inf`` or 0 where fitting). It is what
+    the rank-1 scales' column maxima need; an ordinary parameter's value is returned as it is.
+    """
+    return _reduce(value, param, dist.ReduceOp.MAX)
+
+
+def reduce_sum(value: Tensor, param: Tensor) -> Tensor:
+    """The elementwise sum over the ranks that hold parts of ``param``, in place; see :func:`reduce_max`."""
+    return _reduce(value, param, dist.ReduceOp.SUM)
