@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memopt.optim import sharding
+
 if TYPE_CHECKING:
     from memopt.optim.batch import Slot
     from memopt.optim.optimizer import RuleOptimizer
@@ -79,9 +81,8 @@ def _read(
         for key, param in zip(saved["params"], group["params"], strict=True):
             stored = incoming["state"].get(key)
             if stored:
-                slot = optimizer.slot(number, group, param)
                 try:
-                    state[param] = _restore(slot, stored)
+                    state[param] = _restore(optimizer.slot(number, group, param, {}), stored)
                 except ValueError as error:
                     problems.append(f"parameter {number}: {error}")
             number += 1
@@ -116,35 +117,34 @@ def _merge(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's states in the slot's format and on its device, copied; plain ones are encoded where needed."""
-    local = slot.extent.local
-    device = slot.param.device
+    """One parameter's states, copied into the slot's format and device; plain ones are encoded where needed."""
     taken = {"step", "shape"}
-    result: dict[str, Any] = {}
     for spec in slot.specs:
-        keys = slot.format.keys(spec)
         plain = stored.get(spec.name)
-        if plain is not None and (keys != (spec.name,) or isinstance(plain, Tensor)):
-            if tuple(plain.shape) != local:
-                raise ValueError(f"{spec.name} has shape {tuple(plain.shape)}, the parameter {local}")
-            value = torch.empty_like(slot.param, dtype=torch.float32).copy_(plain)
-            result.update(slot.format.encode(spec, value, slot.extent))
+        if isinstance(plain, Tensor):
+            value = sharding.local_of(plain)
+            _expect(spec.name, value, slot.extent.local, None)
+            like = torch.empty_like(sharding.local_of(slot.param), dtype=torch.float32)
+            slot.write(spec, like.copy_(value))
             taken.add(spec.name)
             continue
-        fresh = slot.format.allocate(spec, slot.param, slot.extent)
-        for key, expected in fresh.items():
-            found = stored.get(key)
+        slot.write(spec, 0.0)
+        for key in slot.format.keys(spec):
+            found, target = stored.get(key), slot.held[key]
             if not isinstance(found, Tensor):
                 raise ValueError(f"it has no {key}")
-            if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise ValueError(
-                    f"{key} is {found.dtype} of shape {tuple(found.shape)}, "
-                    f"needed is {expected.dtype} of shape {tuple(expected.shape)}"
-                )
-            result[key] = expected.copy_(found)
+            value = sharding.local_of(found)
+            _expect(key, value, tuple(target.shape), target.dtype)
+            target.copy_(value)
             taken.add(key)
     left = sorted(key for key in stored if key not in taken and stored[key] is not None)
     if left:
         raise ValueError(f"it holds {', '.join(left)}, which this optimizer does not keep")
-    result["step"] = int(stored.get("step", 1))
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in result.items()}
+    slot.stored["step"] = int(stored.get("step", 1))
+    return slot.stored
+
+
+def _expect(name: str, found: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    if tuple(found.shape) != shape or (dtype is not None and found.dtype != dtype):
+        wanted = f"of shape {shape}" + (f" and {dtype}" if dtype is not None else "")
+        raise ValueError(f"{name} is {found.dtype} of shape {tuple(found.shape)}; this parameter's must be {wanted}")

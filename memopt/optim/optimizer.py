@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import State
-from memopt.optim import checkpoint, checks
+from memopt.optim import checkpoint, checks, sharding
 from memopt.optim.batch import Batch, Slot
 from memopt.optim.coverage import All, Coverage
 from memopt.optim.formats import StateFormat, get_format
-from memopt.optim.layout import MIN_LOW_BIT_SIZE, Extent
+from memopt.optim.layout import MIN_LOW_BIT_SIZE
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -39,6 +39,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     coverage: Coverage = All()
+    numbering: Mapping[Tensor, int] | None = None  # positions of parameters, where not that in the groups
 
     def __init__(
         self,
@@ -132,10 +133,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_bytes(self) -> int:
-        """Bytes of everything kept between steps: codes, scales, plain states and compensations."""
-        return sum(
-            value.nbytes for stored in self.state.values() for value in stored.values() if isinstance(value, Tensor)
-        )
+        """Bytes kept between steps in this process: codes, scales and plain states."""
+        tensors = (v for stored in self.state.values() for v in stored.values() if isinstance(v, Tensor))
+        return sum(sharding.local_of(tensor).nbytes for tensor in tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: plain tensors and numbers. Groups also carry the rule, the format, the seed and a version."""
@@ -152,23 +152,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def _skips(self, batches: list[Batch]) -> bool:
-        grads = [grad for batch in batches if batch.group["skip_nonfinite"] for grad in batch.grads]
+        grads = [
+            grad for batch in batches if batch.group["skip_nonfinite"] for grad in map(sharding.local_of, batch.grads)
+        ]
         if not grads:
             return False
-        largest = torch.stack([g.detach().abs().amax().float().cpu() for g in grads if g.numel()] or [torch.zeros(())])
+        largest = torch.stack([g.abs().amax().float().cpu() for g in grads if g.numel()] or [torch.zeros(())])
         if bool(torch.isfinite(largest).all()):
             return False
         for group in self.param_groups:
             group["skipped_steps"] += 1
         return True
 
-    def slot(self, number: int, group: Mapping[str, Any], param: Tensor) -> Slot:
-        """How a parameter's states are kept, without allocating them."""
-        extent = Extent(tuple(param.shape), tuple(param.shape))
+    def slot(self, number: int, group: Mapping[str, Any], param: Tensor, stored: dict[str, Any]) -> Slot:
+        """How a parameter's states are kept, without allocating them; ``stored`` holds, or will hold, them."""
+        extent = sharding.extent_of(param)
         chosen = get_format(group["state"])
         if chosen.block and extent.numel < MIN_LOW_BIT_SIZE:
             chosen = get_format("fp32")
-        return Slot(param, number, extent, self.states(group, param), chosen, self.state[param])
+        return Slot(param, number, extent, self.states(group, param), chosen, stored)
 
     def initial_values(self, group: Mapping[str, Any]) -> Mapping[str, float]:
         """What states start from where that is not 0."""
@@ -177,11 +179,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _initialise(self, slot: Slot, group: Mapping[str, Any]) -> None:
         values = self.initial_values(group)
         for spec in slot.specs:
-            if spec.name in values:
-                full = torch.full_like(slot.param, values[spec.name], dtype=torch.float32)
-                slot.stored.update(slot.format.encode(spec, full, slot.extent))
-            else:
-                slot.stored.update(slot.format.allocate(spec, slot.param, slot.extent))
+            slot.write(spec, values.get(spec.name, 0.0))
         slot.stored["step"] = 0
 
     def _batches(self) -> list[Batch]:
@@ -194,15 +192,16 @@ class RuleOptimizer(torch.optim.Optimizer):
                         "it takes dense gradients (for an embedding, sparse=False)"
                     )
         batches: dict[tuple[Any, ...], Batch] = {}
-        number = -1
+        count = -1
         for index, group in enumerate(self.param_groups):
             grad_scale = -1.0 if group["maximize"] else 1.0
             for param in group["params"]:
-                number += 1
+                count += 1
+                number = count if self.numbering is None else self.numbering[param]
                 grad = param.grad
                 if grad is None or not self.coverage.covers(number, param):
                     continue
-                slot = self.slot(number, group, param)
+                slot = self.slot(number, group, param, self.state[param])
                 if "step" not in slot.stored:
                     self._initialise(slot, group)
                 step = slot.stored["step"] + 1
