@@ -1,6 +1,8 @@
 """memopt.planner"""
 
 from memopt.planner.plan_file import Plan, Timeline
+from memopt.planner.signature import block_signature, describe
+from memopt.planner.tracing import TraceError, trace
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
 from memopt.planner.values import (
     Action,
@@ -31,6 +33,10 @@ __all__ = [
     "StorageAction",
     "Timeline",
     "Trace",
+    "TraceError",
+    "block_signature",
+    "describe",
     "format_bytes",
     "parse_bytes",
+    "trace",
 ]

@@ -8,7 +8,7 @@ what an optimizer's step leaves behind is optimizer state; all else is temporary
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from memopt.planner.tracker import Record, Timeline
@@ -33,9 +33,9 @@ def _settle_one(record: Record, timeline: Timeline, last_forward: int) -> Catego
         in_loss = any(start <= record.birth < stop for start, stop in timeline.logit_gradients)
         return Category.LOGITS if in_loss else Category.TEMPORARIES
     if phase is Phase.OPTIMIZER:
-        stays = record.death is None or record.death <= last_forward and Phase.FORWARD in (
+        stays = record.death is None or (record.death <= last_forward and Phase.FORWARD in (
             timeline.phases[record.birth : record.death]
-        )  # fmt: skip
+        ))  # fmt: skip
         return Category.OPTIMIZER if stays else Category.TEMPORARIES
     starts = timeline.backward_starts
     following = bisect_left(starts, record.birth)

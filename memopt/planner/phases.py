@@ -2,7 +2,8 @@
 
 Global module hooks show when a model (a module that nobody else called) starts and ends, the autograd engine tells by
 itself that backward runs, and global optimizer hooks enclose every optimizer's step. Between them: after the model's
-forward comes the loss, after backward the optimizer's surroundings (clipping, unscaling), after the step the next batch.
+forward comes the loss, after backward what surrounds the optimizer (clipping, unscaling), after the step the next
+batch.
 """
 
 from __future__ import annotations

@@ -30,6 +30,25 @@ from memopt.planner.values import Category, Phase
 Scratch = Callable[[tuple[Any, ...], dict[str, Any]], int]
 _SCRATCH: dict[str, Scratch] = {}
 
+_LOSS_OPERATIONS = frozenset(
+    {
+        "aten::_log_softmax",
+        "aten::_log_softmax_backward_data",
+        "aten::nll_loss_forward",
+        "aten::nll_loss_backward",
+        "aten::nll_loss2d_forward",
+        "aten::nll_loss2d_backward",
+        "aten::mse_loss",
+        "aten::mse_loss_backward",
+        "aten::smooth_l1_loss",
+        "aten::smooth_l1_loss_backward",
+        "aten::huber_loss",
+        "aten::huber_loss_backward",
+        "aten::binary_cross_entropy",
+        "aten::binary_cross_entropy_backward",
+        "aten::binary_cross_entropy_with_logits",
+    }
+)
 _OWN = "memopt"
 _LOSS_WORDS = ("cross_entropy", "contrastive")
 _CUDA_ROUNDING = 512
@@ -93,7 +112,7 @@ def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
     """Every tensor inside nested tuples, lists, dicts and dataclass-like objects, tensor subclasses taken apart."""
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):
-            for name in value.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            for name in value.__tensor_flatten__()[0]:
                 yield from tensors_in(getattr(value, name), depth - 1)
         else:
             yield value
@@ -109,7 +128,7 @@ def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
                 yield from tensors_in(getattr(value, name, None), depth - 1)
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that operations touch, while the mode is active.
 
     Args:
@@ -118,11 +137,11 @@ class StorageTracker(TorchDispatchMode):
     """
 
     def __init__(self, fake: bool = False, device: str | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.clock = 0
         self.timeline = Timeline()
         self._fake = fake
-        self._device = device
+        self.device = device
         self._live: dict[int, Record] = {}
         self._known: set[int] = set()
         self._inside: list[str] = []
@@ -149,11 +168,11 @@ class StorageTracker(TorchDispatchMode):
             self._known = {storage._cdata for storage in _existing_storages()}
         self._started = time.perf_counter()
         self._phases.install()
-        self.__enter__()
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Ends the watch and removes every hook; storages still alive get no death."""
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._phases.remove()
         for handle in (*self._grad_hooks.values(), *self._output_hooks):
             handle.remove()
@@ -177,7 +196,7 @@ class StorageTracker(TorchDispatchMode):
         if parameter.grad is not None:
             self.adopt(parameter.grad, Category.GRADIENTS)
         if parameter.requires_grad and parameter.is_leaf and id(parameter) not in self._grad_hooks:
-            self._grad_hooks[id(parameter)] = parameter.register_hook(self._gradient_arrived)
+            self._grad_hooks[id(parameter)] = parameter.register_hook(self._gradient_arrived)  # type: ignore[no-untyped-call]
 
     def adopt_optimizer(self, optimizer: Optimizer) -> None:
         """Counts what an optimizer keeps for its parameters as optimizer state."""
@@ -198,6 +217,8 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not _touches_memory(func):
+            return func(*args, **kwargs)
         if not self._fake and func.namespace == _OWN:
             return self._follow(func, args, kwargs)
         for tensor in tensors_in((args, kwargs), 4):
@@ -239,7 +260,7 @@ class StorageTracker(TorchDispatchMode):
             return None
         key = storage._cdata
         record = self._live.get(key)
-        device = self._device or tensor.device.type
+        device = self.device or tensor.device.type
         size = rounded_bytes(storage.nbytes(), device)
         if record is not None:
             if record.bytes == size:
@@ -290,7 +311,7 @@ class StorageTracker(TorchDispatchMode):
         if size > 0:
             self.timeline.records.append(
                 Record(
-                    len(self.timeline.records), size, index, index + 1, index, f"{name} scratch", self._device or "cpu",
+                    len(self.timeline.records), size, index, index + 1, index, f"{name} scratch", self.device or "cpu",
                     category,
                 )
             )  # fmt: skip
@@ -322,7 +343,7 @@ class StorageTracker(TorchDispatchMode):
         self._left_at = self.clock
         for tensor in _loose_tensors(output):
             if tensor.is_floating_point() and tensor.dim() > 0 and tensor.requires_grad and not tensor.is_leaf:
-                self._output_hooks.append(tensor.register_hook(self._logit_gradient_arrived))
+                self._output_hooks.append(tensor.register_hook(self._logit_gradient_arrived))  # type: ignore[no-untyped-call]
                 record = self.observe(tensor)
                 if record is not None:
                     self._outputs.append(record)
@@ -340,14 +361,12 @@ class StorageTracker(TorchDispatchMode):
         self.adopt(gradient, Category.LOGITS)
 
 
-_LOSS_OPERATIONS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_log_softmax _log_softmax_backward_data nll_loss_forward nll_loss_backward nll_loss2d_forward "
-        "nll_loss2d_backward mse_loss mse_loss_backward binary_cross_entropy binary_cross_entropy_backward "
-        "binary_cross_entropy_with_logits smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward"
-    ).split()
-)
+@functools.cache
+def _touches_memory(func: Any) -> bool:
+    """Whether an operation returns or writes tensors; questions about sizes and values leave no trace."""
+    schema = func._schema
+    tensors = any("Tensor" in str(result.type) for result in schema.returns)
+    return tensors or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
 
 
 def claim(record: Record, category: Category) -> None:

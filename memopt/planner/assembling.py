@@ -1,0 +1,143 @@
+"""From what a recorder saw to the ``Trace`` that the rest of the planner works with."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+
+import torch
+from torch import nn
+
+from memopt.planner.blocks import call_signature, find_blocks
+from memopt.planner.categories import profile, settle
+from memopt.planner.recorder import Call, Recorder
+from memopt.planner.values import Block, Category, Op, Phase, SavedStorage, Storage, Trace
+
+
+def assemble(model: nn.Module, recorder: Recorder) -> Trace:
+    """Puts operations, storages and blocks together; times are operation numbers of the traced step."""
+    timeline, raw, calls = recorder.timeline, recorder.raw, recorder.calls
+    categories = settle(timeline)
+    numbers = find_blocks(calls, raw)
+    owner = _owners(recorder, [calls[number] for number in numbers])
+    ops = tuple(
+        Op(
+            index=index,
+            name=timeline.names[index],
+            phase=timeline.phases[index],
+            block=owner.get(index),
+            flops=op.flops,
+            bytes_read=op.bytes_read,
+            bytes_written=op.bytes_written,
+            reads=op.reads,
+            writes=op.writes,
+            random=op.random,
+        )
+        for index, op in enumerate(raw)
+    )
+    end = len(raw)
+    storages = tuple(
+        Storage(r.id, r.bytes, c, r.birth, end if r.death is None else r.death, r.producer, r.name)
+        for r, c in zip(timeline.records, categories, strict=True)
+    )
+    parameters = list(model.parameters())
+    return Trace(
+        model=type(model).__name__,
+        ops=ops,
+        storages=storages,
+        blocks=_blocks(recorder, numbers, owner, storages),
+        peak_bytes=profile(timeline, categories).peak_bytes,
+        dtype=_main_dtype(parameters),
+        meta={
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "device": recorder.device or "cpu",
+            "torch": torch.__version__,
+        },
+    )
+
+
+def _owners(recorder: Recorder, blocks: list[Call]) -> dict[int, int]:
+    """Operation to block: by time in forward, by the autograd node they compute for in backward."""
+    owner: dict[int, int] = {}
+    for number, call in enumerate(blocks):
+        owner.update(dict.fromkeys(range(call.start, call.stop), number))
+    firsts = [call.sequences[0] for call in blocks]
+    for index, op in enumerate(recorder.raw):
+        if op.sequence is not None:
+            number = bisect_right(firsts, op.sequence) - 1
+            if number >= 0 and op.sequence < blocks[number].sequences[1]:
+                owner[index] = number
+    return owner
+
+
+def _blocks(
+    recorder: Recorder, numbers: list[int], owner: dict[int, int], storages: tuple[Storage, ...]
+) -> tuple[Block, ...]:
+    phases = recorder.timeline.phases
+    backward: dict[int, list[int]] = {}
+    for index, number in owner.items():
+        if phases[index] is Phase.BACKWARD:
+            backward.setdefault(number, []).append(index)
+    groups: dict[tuple[object, ...], int] = {}
+    seen: Counter[str] = Counter()
+    blocks = []
+    for position, number in enumerate(numbers):
+        call = recorder.calls[number]
+        saved = _saved(recorder, number, storages)
+        signature = call_signature(call, recorder.raw)
+        key = (call.kind, signature, tuple(s.bytes for s in saved))
+        ran = backward.get(position, [len(phases)])
+        blocks.append(
+            Block(
+                path=call.path,
+                call=seen[call.path],
+                group=groups.setdefault(key, len(groups)),
+                forward=(call.start, call.stop),
+                backward=(min(ran), min(max(ran) + 1, len(phases))),
+                inputs=call.inputs,
+                outputs=call.outputs,
+                saved=saved,
+                signature=signature,
+            )
+        )
+        seen[call.path] += 1
+    return tuple(blocks)
+
+
+def _saved(recorder: Recorder, number: int, storages: tuple[Storage, ...]) -> tuple[SavedStorage, ...]:
+    call = recorder.calls[number]
+    excluded = set(call.inputs)
+    found = [
+        storages[id]
+        for id in dict.fromkeys(_packed(recorder.calls, number))
+        if id not in excluded and storages[id].category is not Category.WEIGHTS
+    ]
+    return tuple(
+        SavedStorage(
+            index=index,
+            storage=storage.id,
+            bytes=storage.bytes,
+            producer=-1 if storage.producer is None else storage.producer,
+            token_wise=storage.producer is not None and recorder.raw[storage.producer].row_wise,
+        )
+        for index, storage in enumerate(found)
+    )
+
+
+def _packed(calls: list[Call], number: int) -> list[int]:
+    """Storages that a call and the calls inside it saved, in order."""
+    inside, todo = [], [number]
+    while todo:
+        call = calls[todo.pop()]
+        inside += call.saved
+        todo += call.children
+    return [storage for _, storage in sorted(inside)]
+
+
+def _main_dtype(parameters: list[nn.Parameter]) -> str:
+    """The type of most trained bytes, or of most bytes where nothing is trained."""
+    counts: Counter[str] = Counter()
+    for parameter in parameters:
+        counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else "float32"

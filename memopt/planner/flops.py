@@ -1,0 +1,116 @@
+"""What one dispatched operation computes, moves and is: FLOPs, bytes read and written, views, randomness, token rows.
+
+FLOPs come from torch's own formulas (``torch.utils.flop_counter``), a multiply-add counted as two; operations without
+a formula count none, their time is the bytes they move. Bytes are those of the tensors, not of the storages behind
+them: a view of a tenth of a buffer moves a tenth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import flop_counter
+
+from memopt.planner.tracker import tensors_in
+
+_GATHERS = frozenset({"embedding", "index", "index_select", "gather", "take"})
+
+# Operations that treat every row along the last dimension by itself, beside those that torch tags as pointwise.
+_ROW_WISE = frozenset(
+    {
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "rms_norm",
+        "_softmax",
+        "_log_softmax",
+        "embedding",
+        "native_dropout",
+        "bernoulli_",
+        "bernoulli",
+        "_to_copy",
+        "clone",
+        "copy_",
+        "glu",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+    }
+)
+_LAST_DIM_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var", "linalg_vector_norm"})
+_MATMULS = frozenset({"mm", "addmm", "_scaled_mm"})
+
+
+def short_name(func: Any) -> str:
+    """``aten::add_.Tensor`` to ``add_``."""
+    return str(func._schema.name).split("::")[-1]
+
+
+def count_flops(func: Any, args: Any, kwargs: Any, output: Any) -> int:
+    """Floating-point operations of one call; 0 where torch has no formula."""
+    name = short_name(func)
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        query, key, value = args[:3]
+        return int(flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
+    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        gradient, query, key, value = args[:4]
+        return int(flop_counter.sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
+    formula = flop_counter.flop_registry.get(func._overloadpacket)
+    return int(formula(*args, **kwargs, out_val=output)) if formula is not None else 0
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of the tensor's elements; expanded dimensions count once."""
+    count = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count
+
+
+def moved_bytes(func: Any, args: Any, kwargs: Any, output: Any) -> tuple[int, int]:
+    """Bytes that an operation, not a view, reads and writes."""
+    outputs = list(tensors_in(output, 4))
+    written = sum(tensor_bytes(tensor) for tensor in outputs) or sum(
+        tensor_bytes(tensor) for tensor in mutated(func, args, kwargs)
+    )
+    inputs = {id(tensor): tensor for tensor in tensors_in((args, kwargs), 4)}.values()
+    if short_name(func) in _GATHERS:
+        return written + sum(tensor_bytes(tensor) for tensor in inputs if not tensor.is_floating_point()), written
+    return sum(tensor_bytes(tensor) for tensor in inputs), written
+
+
+def mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operation writes in place, by its schema."""
+    found: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found.extend(tensors_in(value, 4))
+    return found
+
+
+def is_random(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the operation draws random numbers in this call (a dropout of 0 does not)."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "p"):
+            value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return not (isinstance(value, (int, float)) and value == 0)
+    return True
+
+
+def is_row_wise(func: Any, args: Any, output: Any, weights: frozenset[int]) -> bool:
+    """Whether rows of the output (all dimensions but the last) follow from the same rows of the inputs alone.
+
+    Args:
+        weights: positions among ``args`` that hold parameters; a matrix product with one of them is row-wise.
+    """
+    name = short_name(func)
+    if name in _MATMULS:
+        return bool(weights & {len(args[:3]) - 1, 1})
+    if name in _LAST_DIM_REDUCTIONS and len(args) > 1 and isinstance(args[0], Tensor):
+        dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        return [d for d in dims if isinstance(d, int)] in ([-1], [args[0].dim() - 1])
+    return name in _ROW_WISE or torch.Tag.pointwise in func.tags
