@@ -1,5 +1,6 @@
 """memopt.planner"""
 
+from memopt.planner.devices import Hardware, HardwareError, hardware, hardware_names
 from memopt.planner.plan_file import Plan, Timeline
 from memopt.planner.signature import block_signature, describe
 from memopt.planner.tracing import TraceError, trace
@@ -24,6 +25,8 @@ __all__ = [
     "BlockPlan",
     "BudgetError",
     "Category",
+    "Hardware",
+    "HardwareError",
     "Op",
     "Phase",
     "Plan",
@@ -37,6 +40,8 @@ __all__ = [
     "block_signature",
     "describe",
     "format_bytes",
+    "hardware",
+    "hardware_names",
     "parse_bytes",
     "trace",
 ]

@@ -1,0 +1,217 @@
+"""What a device computes, moves and holds per second and per byte: a table of known ones, a file, or this machine.
+
+The table is data: one JSON file a device under ``memopt/presets/hardware``, from the makers' data sheets (dense
+rates, no sparsity). Sustained rates are the sheet's times an efficiency factor; ``memopt probe`` writes a file of the
+same form with measured rates and factors of 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = "hardware"
+
+
+class HardwareError(ValueError):
+    """A device that is not in the table, or a hardware file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device in its node.
+
+    Attributes:
+        name: as the table calls it.
+        kind: "cuda", "rocm" or "cpu".
+        flops_per_second: peak by dtype ("bfloat16", "float16", "float32", "tf32", "float8"), dense.
+        memory_bytes: what the device holds.
+        memory_bytes_per_second: peak bandwidth of that memory.
+        to_host_bytes_per_second: peak of the link to host memory, one direction; 0 where device memory is host memory.
+        from_host_bytes_per_second: the other direction.
+        link_shared_by: devices that share that link's path to the host.
+        devices_per_node: devices in one machine.
+        host_memory_bytes: host memory of one machine.
+        disk_write_bytes_per_second: of local storage.
+        disk_read_bytes_per_second: of local storage.
+        peer_bytes_per_second: between devices of a node, one direction, each device; 0 where there is one device.
+        compute_efficiency: share of the peak FLOP/s that large matrix products reach.
+        memory_efficiency: share of the peak bandwidth that element-wise operations reach.
+        link_efficiency: share of the link's peak that pinned copies reach.
+        overlaps: whether copies run beside compute.
+        source: where the figures come from.
+        matches: parts of a device's name, as the driver gives it, by which "auto" finds this entry.
+    """
+
+    name: str
+    kind: str
+    flops_per_second: dict[str, float]
+    memory_bytes: int
+    memory_bytes_per_second: float
+    to_host_bytes_per_second: float
+    from_host_bytes_per_second: float
+    link_shared_by: int
+    devices_per_node: int
+    host_memory_bytes: int
+    disk_write_bytes_per_second: float
+    disk_read_bytes_per_second: float
+    peer_bytes_per_second: float
+    compute_efficiency: float
+    memory_efficiency: float
+    link_efficiency: float
+    overlaps: bool
+    source: str
+    matches: tuple[str, ...] = ()
+
+    def sustained_flops(self, dtype: str) -> float:
+        """FLOP/s that matrix products of a dtype reach; float32's where the device has none for it."""
+        peak = self.flops_per_second.get(dtype, self.flops_per_second["float32"])
+        return peak * self.compute_efficiency
+
+    @property
+    def sustained_memory(self) -> float:
+        """Bytes per second that element-wise operations move."""
+        return self.memory_bytes_per_second * self.memory_efficiency
+
+    @property
+    def sustained_to_host(self) -> float:
+        """Bytes per second from this device to host memory while its neighbours copy too."""
+        return self.to_host_bytes_per_second * self.link_efficiency / self.link_shared_by
+
+    @property
+    def sustained_from_host(self) -> float:
+        """Bytes per second from host memory to this device while its neighbours copy too."""
+        return self.from_host_bytes_per_second * self.link_efficiency / self.link_shared_by
+
+    @property
+    def host_bytes_per_device(self) -> int:
+        """Host memory that one device may count as its own."""
+        return self.host_memory_bytes // self.devices_per_node
+
+    def seconds(self, flops: float, moved_bytes: float, dtype: str) -> float:
+        """Roofline: the longer of computing ``flops`` and of moving ``moved_bytes`` through device memory."""
+        return max(flops / self.sustained_flops(dtype), moved_bytes / self.sustained_memory)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the description as JSON, for ``hardware(path)`` and ``--hardware path``."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def hardware(name: str | os.PathLike[str] | Hardware = "auto") -> Hardware:
+    """Looks up a device.
+
+    Args:
+        name: a name from the table (``hardware_names()``), a JSON file, or "auto" for this machine's first GPU, or its
+            processors where it has none. A ``Hardware`` is returned as it is.
+
+    Raises:
+        HardwareError: no such name or file, or a file with missing, unknown or impossible fields.
+    """
+    if isinstance(name, Hardware):
+        return name
+    text = os.fspath(name)
+    if text == "auto":
+        return _this_machine()
+    if text.lower() in hardware_names():
+        found = _from_table(text.lower())
+        return _with_processors(found) if found.kind == "cpu" else found
+    path = Path(text)
+    if path.is_file():
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    if path.suffix == ".json":
+        raise HardwareError(f"hardware file {text!r} does not exist; `memopt probe --out {text}` writes one")
+    raise HardwareError(
+        f"unknown hardware {text!r}; choose auto, {', '.join(hardware_names())}, or a JSON file from `memopt probe`"
+    )
+
+
+def hardware_names() -> tuple[str, ...]:
+    """The names in the table, sorted."""
+    folder = resources.files("memopt.presets").joinpath(_FOLDER)
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
+
+
+def _from_table(name: str) -> Hardware:
+    source = resources.files("memopt.presets").joinpath(_FOLDER).joinpath(f"{name}.json")
+    return _parse(source.read_text(encoding="utf-8"), name)
+
+
+def _this_machine() -> Hardware:
+    if not torch.cuda.is_available():
+        return _with_processors(_from_table("cpu"))
+    properties = torch.cuda.get_device_properties(0)
+    known = [_from_table(name) for name in hardware_names()]
+    scored = [
+        (len(part), entry) for entry in known for part in entry.matches if part.lower() in properties.name.lower()
+    ]
+    if not scored:
+        raise HardwareError(
+            f"this machine's {properties.name!r} is not in the table; measure it with `memopt probe --out FILE` "
+            f"and pass FILE, or choose one of {', '.join(hardware_names())}"
+        )
+    longest = max(length for length, _ in scored)
+    entries = [entry for length, entry in scored if length == longest]
+    entry = min(entries, key=lambda one: abs(one.memory_bytes - properties.total_memory))
+    return replace(entry, memory_bytes=int(properties.total_memory), host_memory_bytes=physical_memory_bytes())
+
+
+def _with_processors(entry: Hardware) -> Hardware:
+    """The table holds one core's FLOP/s and no memory for "cpu": both are this machine's."""
+    memory, cores = physical_memory_bytes(), torch.get_num_threads()
+    rates = {dtype: rate * cores for dtype, rate in entry.flops_per_second.items()}
+    return replace(entry, memory_bytes=memory, host_memory_bytes=memory, flops_per_second=rates)
+
+
+def physical_memory_bytes() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _parse(text: str, where: str) -> Hardware:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HardwareError(f"hardware file {where!r} is no JSON: {error}") from error
+    if not isinstance(values, Mapping):
+        raise HardwareError(f"hardware file {where!r} must hold one JSON object, not {type(values).__name__}")
+    known = {field.name: field for field in fields(Hardware)}
+    missing = sorted(set(known) - set(values) - {"matches"})
+    unknown = sorted(set(values) - set(known))
+    if missing or unknown:
+        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        raise HardwareError(f"hardware file {where!r}: {'; '.join(parts)}")
+    for name, value in values.items():
+        _check_value(name, value, str(known[name].type), where)
+    return Hardware(**{**values, "matches": tuple(values.get("matches", ()))})
+
+
+def _check_value(name: str, value: Any, kind: str, where: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    zero_allowed = name.startswith(("to_host", "from_host", "peer"))
+    if kind in ("int", "float"):
+        whole = kind == "float" or isinstance(value, int)
+        if not number or not whole or not (value > 0 or (zero_allowed and value == 0)) or value == float("inf"):
+            raise HardwareError(f"hardware file {where!r}: {name} must be a positive {kind}, not {value!r}")
+        if name.endswith("_efficiency") and value > 1:
+            raise HardwareError(f"hardware file {where!r}: {name} is a share of the peak, at most 1, not {value!r}")
+    elif name == "flops_per_second":
+        rates = value.values() if isinstance(value, Mapping) else ()
+        if "float32" not in (value if isinstance(value, Mapping) else ()) or not all(
+            isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0 for rate in rates
+        ):
+            raise HardwareError(f"hardware file {where!r}: {name} must map dtypes, float32 among them, to FLOP/s")
+    elif kind == "str" and not isinstance(value, str):
+        raise HardwareError(f"hardware file {where!r}: {name} must be text, not {value!r}")
+    elif kind == "bool" and not isinstance(value, bool):
+        raise HardwareError(f"hardware file {where!r}: {name} must be true or false, not {value!r}")
+    elif name == "kind" and value not in ("cuda", "rocm", "cpu"):
+        raise HardwareError(f"hardware file {where!r}: kind must be cuda, rocm or cpu, not {value!r}")
+    elif name == "matches" and not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
+        raise HardwareError(f"hardware file {where!r}: matches must be a list of texts, not {value!r}")
