@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from memopt.optim.coverage.block_coordinate import BlockCoordinate
 from memopt.optim.formats import StateFormat
 from memopt.optim.optimizer import RuleOptimizer
 from memopt.optim.registry import make, optimizers
 
 globals().update(optimizers())
 
-__all__ = ["RuleOptimizer", "StateFormat", "make"]
+__all__ = ["BlockCoordinate", "RuleOptimizer", "StateFormat", "make"]
 __all__ += optimizers()
 __all__.sort()
 
