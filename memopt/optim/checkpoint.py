@@ -112,7 +112,7 @@ def _differences(optimizer: RuleOptimizer, own: Mapping[str, Any], saved: Mappin
 
 def _merge(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """The saved options over our own; parameters, and what only torch's implementations use, are left out."""
-    kept = {k: deepcopy(v) for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY}
+    kept = {k: deepcopy(v) for k, v in saved.items() if k != "params" and (k in own or k not in _TORCH_ONLY)}
     return {**own, **kept, "params": own["params"]}
 
 

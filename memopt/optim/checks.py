@@ -1,4 +1,4 @@
-"""Checks of a parameter group's options. Each raises ``ValueError`` naming the option, its value and what is wanted."""
+"""Checks of a group's options: ``ValueError`` or ``TypeError`` naming the option, its value and what is wanted."""
 
 from __future__ import annotations
 
@@ -71,3 +71,11 @@ def one_of(group: Group, name: str, choices: tuple[Any, ...]) -> None:
     if group[name] not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{name} is {group[name]!r}; it must be one of {listed}")
+
+
+def decay(group: Group) -> dict[str, float]:
+    """Weight decay as two scalars: ``l2``, its part in the gradient, and ``keep``, what stays of the parameter."""
+    amount = float(group["weight_decay"])
+    if group["decoupled_weight_decay"]:
+        return {"l2": 0.0, "keep": 1.0 - float(group["lr"]) * amount}
+    return {"l2": amount, "keep": 1.0}

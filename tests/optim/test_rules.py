@@ -1,0 +1,145 @@
+"""Every rule against torch's own optimizer, or against the paper's formula, both also run in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import memopt.optim as room
+from tests.optim import references as ref
+from tests.optim.training import SHAPES, assert_resumes_bitwise, gradients, largest_difference, parameters, run
+
+STEPS = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of our optimizers and what must give the same values."""
+
+    ours: str
+    options: dict[str, Any]
+    theirs: Callable[[list[Tensor]], torch.optim.Optimizer]
+    shapes: tuple[tuple[int, ...], ...] = field(default=SHAPES)
+
+    def __str__(self) -> str:
+        return "-".join([self.ours, *(f"{k}={v}" for k, v in self.options.items())])
+
+
+def torchs(name: str, **options: Any) -> Case:
+    """Our optimizer has torch's name and options."""
+    theirs = dict(options)
+    return Case(name, options, lambda params: getattr(torch.optim, name)(params, **theirs))
+
+
+def papers(name: str, rule: ref.Step, reference: dict[str, Any], **options: Any) -> Case:
+    """Our optimizer must follow a formula of ``references``."""
+    return Case(name, options, lambda params: ref.Reference(params, rule, **reference))
+
+
+BETAS = {"lr": 0.01, "betas": (0.9, 0.99)}
+CASES = [
+    torchs("Adam", lr=0.01),
+    torchs("Adam", lr=0.01, weight_decay=0.1, maximize=True),
+    torchs("Adam", lr=0.01, weight_decay=0.1, amsgrad=True),
+    torchs("Adam", lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    torchs("AdamW", lr=0.01, weight_decay=0.1, amsgrad=True, maximize=True),
+    torchs("SGD", lr=0.01),
+    torchs("SGD", lr=0.01, weight_decay=0.5, maximize=True),
+    torchs("SGD", lr=0.01, momentum=0.9, dampening=0.5),
+    torchs("SGD", lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
+    torchs("RMSprop", lr=0.01),
+    torchs("RMSprop", lr=0.01, weight_decay=0.1, momentum=0.9, maximize=True),
+    torchs("RMSprop", lr=0.01, weight_decay=0.1, centered=True),
+    torchs("RMSprop", lr=0.01, centered=True, momentum=0.1),
+    torchs("Adagrad", lr=0.1),
+    torchs("Adagrad", lr=0.1, lr_decay=0.5, weight_decay=0.1, initial_accumulator_value=0.1),
+    papers("Lion", ref.lion, {**BETAS, "weight_decay": 0.1}, **BETAS, weight_decay=0.1),
+    papers("LAMB", ref.lamb, {**BETAS, "eps": 1e-6, "weight_decay": 0.1}, **BETAS, weight_decay=0.1),
+    papers(
+        "LARS",
+        ref.lars,
+        {"lr": 10.0, "momentum": 0.9, "weight_decay": 0.1, "trust": 1e-2},
+        lr=10.0,
+        weight_decay=0.1,
+        trust=1e-2,
+    ),
+    papers(
+        "AdEMAMix",
+        ref.ademamix,
+        {"lr": 0.01, "betas": (0.9, 0.99, 0.999), "alpha": 5.0, "warmup": None, "eps": 1e-8},
+        lr=0.01,
+        betas=(0.9, 0.99, 0.999),
+    ),
+    papers(
+        "AdEMAMix",
+        ref.ademamix,
+        {"lr": 0.01, "betas": (0.9, 0.99, 0.999), "alpha": 5.0, "warmup": 5, "eps": 1e-8},
+        lr=0.01,
+        betas=(0.9, 0.99, 0.999),
+        t_alpha=5,
+        t_beta3=5,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp32_rule_is_as_near_to_float64_as_the_plain_implementation(case: Case) -> None:
+    ours, theirs = parameters(case.shapes), parameters(case.shapes)
+    truth = [torch.nn.Parameter(p.detach().double()) for p in ours]
+    run(getattr(room, case.ours)(ours, state="fp32", **case.options), STEPS)
+    run(case.theirs(theirs), STEPS)
+    exact = case.theirs(truth)
+    for step in range(STEPS):
+        gradients(theirs, step)
+        for p, q in zip(truth, theirs, strict=True):
+            p.grad = q.grad.double()
+        exact.step()
+    # The slack: one rounding a step, of values up to 8 (half a spacing is 2**-22).
+    assert largest_difference(ours, truth) <= 2 * largest_difference(theirs, truth) + STEPS * 2.0**-22
+    assert largest_difference(ours, parameters(case.shapes)) > 1e-3  # it moved
+
+
+LOW_BIT = {"bf16": (2.0, 2.0), "8bit": (1.0, 1.02), "4bit": (0.5, 0.535)}
+STATES = {
+    "Adam": 2, "AdamW": 2, "Lion": 1, "SGD": 1, "RMSprop": 1, "Adagrad": 1, "LAMB": 2, "LARS": 1, "AdEMAMix": 3,
+}  # fmt: skip
+NEEDED = {"SGD": {"momentum": 0.9}}
+
+
+@pytest.mark.parametrize("state", LOW_BIT)
+@pytest.mark.parametrize("name", STATES)
+def test_bytes_per_parameter(name: str, state: str) -> None:
+    params = parameters([(64, 300), (97, 101), (5001,), (256, 129)])
+    optimizer = getattr(room, name)(params, state=state, **NEEDED.get(name, {}))
+    run(optimizer, 1)
+    per_state = optimizer.state_bytes() / sum(p.numel() for p in params) / STATES[name]
+    low, high = LOW_BIT[state]
+    assert low <= per_state <= high
+
+
+@pytest.mark.parametrize("state", ["fp32", *LOW_BIT])
+@pytest.mark.parametrize("name", STATES)
+def test_every_rule_resumes_bitwise_in_every_format(name: str, state: str) -> None:
+    options = {"state": state, **NEEDED.get(name, {})}
+    shapes = [(64, 150), (97, 61), (8,), ()]
+    assert_resumes_bitwise(lambda params: getattr(room, name)(params, **options), parameters(shapes))
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit", "4bit"])
+@pytest.mark.parametrize("name", STATES)
+def test_low_bit_states_go_where_fp32_goes(name: str, state: str) -> None:
+    """The summed path after 30 steps points where fp32's does: the cosine between them, one for all parameters."""
+    shapes = [(64, 300), (97, 101)]
+    start = parameters(shapes)
+    moved = []
+    for kept in ("fp32", state):
+        params = parameters(shapes)
+        run(getattr(room, name)(params, state=kept, **NEEDED.get(name, {})), 30)
+        moved.append(torch.cat([(p - q).detach().flatten() for p, q in zip(params, start, strict=True)]))
+    cosine = float(torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0))
+    assert cosine > {"bf16": 0.999, "8bit": 0.99, "4bit": 0.85}[state]
