@@ -86,7 +86,8 @@ def _blocks(
         call = recorder.calls[number]
         saved = _saved(recorder, number, storages)
         signature = call_signature(call, recorder.raw)
-        key = (call.kind, signature, tuple(s.bytes for s in saved))
+        work = tuple((op.flops, op.bytes_read) for op in recorder.raw[call.start : call.stop])
+        key = (call.kind, signature, work, tuple(s.bytes for s in saved))
         ran = backward.get(position, [len(phases)])
         blocks.append(
             Block(

@@ -43,6 +43,10 @@ class Faker:
             self._made[id(real)] = (real, fake)
         return self._made[id(real)][1]
 
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """The fake tensor of a real one that has one already, else the tensor itself."""
+        return self._made[id(tensor)][1] if id(tensor) in self._made else tensor
+
     def value(self, value: Any) -> Any:
         """Nested tuples, lists and dicts with every tensor replaced; anything else as it is."""
         if isinstance(value, Tensor):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.planner import flops
 from memopt.planner.phases import PhaseWatcher
@@ -55,13 +57,15 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
     Args:
         model: its modules' names give the calls their paths.
         device: device type that allocations are rounded for.
+        stand_in: from a real tensor that turns up in the step to the fake one that counts for it.
     """
 
-    def __init__(self, model: nn.Module, device: str) -> None:
+    def __init__(self, model: nn.Module, device: str, stand_in: Callable[[Tensor], Tensor]) -> None:
         self.failed: tuple[str, str] | None = None
         self.raw: list[RawOp] = []
         self.calls: list[Call] = []
         self._packs = 0
+        self._stand_in = stand_in
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[tuple[nn.Module, int | None]] = []
         super().__init__(fake=True, device=device)
@@ -75,6 +79,10 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
             stepped=self.adopt_optimizer,
             backward_started=self._backward_started,
         )
+
+    def observe(self, tensor: Tensor, birth: int | None = None, name: str = "") -> Record | None:
+        """As the tracker's; a real tensor (one that the loss function closes over) and its fake twin are one."""
+        return super().observe(tensor if isinstance(tensor, FakeTensor) else self._stand_in(tensor), birth, name)
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Saved-tensor hook: notes that the innermost module call has saved this tensor's storage."""

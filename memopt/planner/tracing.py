@@ -57,7 +57,7 @@ def trace(
     """
     _check(model, inputs, accumulate)
     faker = Faker()
-    recorder = Recorder(model, _device_of(model))
+    recorder = Recorder(model, _device_of(model), faker.stand_in)
     try:
         with torch.enable_grad(), faked(model, faker):
             _run(model, faker, recorder, inputs, loss_fn, optimizer, autocast, accumulate)
@@ -92,8 +92,11 @@ def _run(
     autocast: torch.dtype | None,
     accumulate: int,
 ) -> None:
-    positional, named = _arguments(inputs, faker)
-    with faker.mode, Guesses():  # type: ignore[no-untyped-call]
+    given = _arguments(inputs)
+    positional, named = faker.value(given)
+    guesses = Guesses(faker.mode)
+    guesses.remember((positional, named), given)
+    with faker.mode, guesses:
         twin = None if optimizer is None else _settled(faker, optimizer, recorder)
         recorder.adopt_module(model)
         if twin is not None:
@@ -115,12 +118,13 @@ def _run(
             recorder.stop()
 
 
-def _arguments(inputs: Any, faker: Faker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as positional and keyword arguments."""
     if isinstance(inputs, Tensor):
-        return (faker.tensor(inputs),), {}
+        return (inputs,), {}
     if isinstance(inputs, Mapping):
-        return (), {str(key): faker.value(value) for key, value in inputs.items()}
-    return tuple(faker.value(value) for value in inputs), {}
+        return (), {str(key): value for key, value in inputs.items()}
+    return tuple(inputs), {}
 
 
 def _settled(faker: Faker, optimizer: Optimizer, recorder: Recorder) -> Optimizer:

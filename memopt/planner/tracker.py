@@ -252,7 +252,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def observe(self, tensor: Tensor, birth: int | None = None, name: str = "") -> Record | None:
         """The record of a tensor's storage, made now if the storage is new; None for what is not followed."""
-        if isinstance(tensor, FakeTensor) != self._fake or (tensor.is_meta and not self._fake):
+        if not self._fake and (isinstance(tensor, FakeTensor) or tensor.is_meta):
             return None
         try:
             storage = tensor.untyped_storage()
