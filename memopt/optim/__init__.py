@@ -6,12 +6,13 @@ from typing import Any
 
 from memopt.optim.coverage.block_coordinate import BlockCoordinate
 from memopt.optim.formats import StateFormat
+from memopt.optim.gradient_release import release_gradients
 from memopt.optim.optimizer import RuleOptimizer
 from memopt.optim.registry import make, optimizers
 
 globals().update(optimizers())
 
-__all__ = ["BlockCoordinate", "RuleOptimizer", "StateFormat", "make"]
+__all__ = ["BlockCoordinate", "RuleOptimizer", "StateFormat", "make", "release_gradients"]
 __all__ += optimizers()
 __all__.sort()
 

@@ -2,8 +2,8 @@
 
 A block is one of several sibling modules that repeat: the members of a ``ModuleList`` or ``Sequential`` (the layers of
 a transformer) or, where there is no such list below their parent, siblings of one class. The outermost such family
-wins: a transformer layer is a block, not its linear maps. What lies outside every family (embeddings before the layers, norm and head after them) forms blocks of
-its own, one per unbroken run of modules.
+wins: a transformer layer is a block, not its linear maps. What lies outside every family (embeddings before the layers,
+norm and head after them) forms blocks of its own, one per unbroken run of modules.
 """
 
 from __future__ import annotations
