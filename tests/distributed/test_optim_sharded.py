@@ -1,0 +1,172 @@
+"""FSDP2 and DDP: a sharded run is bitwise the unsharded one, and checkpoints move between numbers of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import memopt.optim
+from memopt.optim.formats import names
+from tests.distributed.ranks import run_ranks
+
+STATES = names()
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Rows that two and three ranks cannot share evenly, rows of many lengths, and parameters of one dimension."""
+    return {
+        "wide": (17, 600),
+        "blocks": (7, 1024),
+        "one_row": (1, 5000),
+        "bias": (601,),
+        "scalar": (1,),
+        "conv": (11, 33, 3, 3),
+    }
+
+
+class Bag(nn.Module):
+    """Parameters alone; gradients are given from outside so that every number of ranks sees the same ones."""
+
+    def __init__(self, chosen: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for name, shape in chosen.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+
+    def forward(self) -> Tensor:
+        return sum(p.float().sum() for p in self.parameters())
+
+
+def gradient(name: str, shape: tuple[int, ...], step: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + len(name))
+    return torch.randn(shape, generator=generator).mul_(0.5 + (step % 3)).to(dtype)
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def give_gradients(model: nn.Module, step: int) -> None:
+    for name, p in model.named_parameters():
+        g = gradient(name, tuple(p.shape), step, p.dtype)
+        if isinstance(p, DTensor):
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements)
+        else:
+            p.grad = g
+
+
+def build(
+    rule: str, dtype: torch.dtype, options: dict[str, Any], sharded: bool, chosen: dict[str, tuple[int, ...]]
+) -> Any:
+    model = Bag(chosen, dtype)
+    if sharded:
+        fully_shard(model)
+    return model, getattr(memopt.optim, rule)(model.parameters(), lr=1e-2, **options)
+
+
+def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> dict[str, Tensor]:
+    for step in steps:
+        give_gradients(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def sharded_run(
+    rank: int, rule: str, dtype: torch.dtype, options: dict[str, Any], chosen: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    return advance(*build(rule, dtype, options, True, chosen), range(4))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", STATES)
+def test_adamw_sharded_by_rows_is_bitwise_the_unsharded_one(state: str, dtype: torch.dtype, world_size: int) -> None:
+    options = {"state": state, "param_rounding": "stochastic" if dtype is torch.bfloat16 else "nearest"}
+    expected = advance(*build("AdamW", dtype, options, False, shapes()), range(4))
+    for got in run_ranks(sharded_run, world_size, "AdamW", dtype, options, shapes()):
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
+
+
+def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": {name: p.detach() for name, p in model.named_parameters()},
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+
+
+def save(rank: int, folder: str, *made: Any) -> None:
+    model, optimizer = build(*made)
+    advance(model, optimizer, range(2))
+    dcp.save(checkpoint(model, optimizer), checkpoint_id=folder)
+
+
+def resume(rank: int, folder: str, *made: Any) -> dict[str, Tensor]:
+    model, optimizer = build(*made)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    stored = checkpoint(model, optimizer)
+    dcp.load(stored, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, stored["optimizer"])
+    return advance(model, optimizer, range(2, 5))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 2), (2, 1), (1, 3)])
+@pytest.mark.parametrize("state", STATES)
+def test_checkpoints_are_resharded_to_another_number_of_ranks(
+    state: str, before: int, after: int, tmp_path: Path
+) -> None:
+    made = ("AdamW", torch.float32, {"state": state})
+    expected = advance(*build(*made, False, shapes()), range(5))
+    run_ranks(save, before, str(tmp_path), *made, before > 1, shapes())
+    for got in run_ranks(resume, after, str(tmp_path), *made, after > 1, shapes()):
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
+
+
+def full_state(rank: int, *made: Any) -> tuple[dict[str, Any], int]:
+    model, optimizer = build(*made)
+    advance(model, optimizer, range(2))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(model, optimizer, options=options), optimizer.state_bytes()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_full_state_dict_is_that_of_the_unsharded_run(state: str) -> None:
+    made = ("AdamW", torch.float32, {"state": state})
+    (got, one), (_, two) = run_ranks(full_state, 2, *made, True, shapes())
+    ((expected, alone),) = run_ranks(full_state, 1, *made, False, shapes())
+    for name, entry in expected["state"].items():
+        for key, value in entry.items():
+            assert torch.equal(torch.as_tensor(got["state"][name][key]), torch.as_tensor(value)), (name, key)
+    assert alone <= one + two < 1.05 * alone
+
+
+def uneven(rank: int, state: str) -> dict[str, list[str]]:
+    """Which states each parameter has on this rank, by name."""
+    model, optimizer = build("AdamW", torch.float32, {"state": state}, True, {"small": (65, 64), "large": (1, 4096)})
+    advance(model, optimizer, range(1))
+    return {name: sorted(optimizer.state[p]) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_precision_follows_the_whole_parameter(state: str) -> None:
+    """A rank that holds few elements of a large parameter, or none, keeps them as the others do."""
+    alone = uneven_alone(state)
+    assert run_ranks(uneven, 3, state) == [alone] * 3
+
+
+def uneven_alone(state: str) -> dict[str, list[str]]:
+    model, optimizer = build("AdamW", torch.float32, {"state": state}, False, {"small": (65, 64), "large": (1, 4096)})
+    advance(model, optimizer, range(1))
+    return {name: sorted(optimizer.state[p]) for name, p in model.named_parameters()}
