@@ -13,7 +13,18 @@ from memopt import kernels
 from memopt.kernels import Quantized, State, Update
 from memopt.optim import sharding
 from memopt.optim.formats.base import StateFormat
-from memopt.optim.layout import Extent, as_rows
+from memopt.optim.formats.fp32 import FORMAT as FP32
+from memopt.optim.layout import Extent, Shape, as_rows
+
+
+@dataclass(frozen=True)
+class SmallState(State):
+    """A state of a shape of its own, such as one number per row; kept in fp32 whatever the format.
+
+    Where its first size is that of the parameter's, it is sharded with the parameter.
+    """
+
+    shape: Shape = ()
 
 
 @dataclass(eq=False)
@@ -31,6 +42,14 @@ class Slot:
     format: StateFormat
     stored: dict[str, Any]
 
+    def kept(self, spec: State) -> tuple[StateFormat, Extent]:
+        """How a state is stored: as the slot says, or in fp32 in a shape of its own."""
+        if not isinstance(spec, SmallState):
+            return self.format, self.extent
+        whole, local = self.extent.shape, self.extent.local
+        cut = len(spec.shape) > 0 and len(whole) > 0 and spec.shape[0] == whole[0]
+        return FP32, Extent(spec.shape, (local[0], *spec.shape[1:]) if cut else spec.shape)
+
     @property
     def held(self) -> Mapping[str, Any]:
         """The stored tensors, of a sharded parameter the parts held here."""
@@ -40,29 +59,39 @@ class Slot:
 
     def operand(self, spec: State) -> Tensor | Quantized:
         """A state as the kernels take it."""
-        return self.format.operand(spec, self.held, self.extent)
+        kept_by, extent = self.kept(spec)
+        return kept_by.operand(spec, self.held, extent)
 
     def decode(self, spec: State) -> Tensor:
-        """A state as a new fp32 tensor of the local shape."""
-        return self.format.decode(spec, self.held, self.extent)
+        """A state as a new fp32 tensor of its local shape."""
+        kept_by, extent = self.kept(spec)
+        return kept_by.decode(spec, self.held, extent)
 
     def write(self, spec: State, value: float | Tensor) -> None:
         """Store a state: a number for all elements, or a tensor of the local shape, rounded to nearest."""
-        local = sharding.local_of(self.param)
+        kept_by, extent = self.kept(spec)
         if isinstance(value, Tensor):
-            fresh = self.format.encode(spec, value, self.extent)
+            fresh = kept_by.encode(spec, value, extent)
         elif value:
-            fresh = self.format.encode(spec, torch.full_like(local, value, dtype=torch.float32), self.extent)
+            full = torch.full_like(self.blank(spec), value, dtype=torch.float32)
+            fresh = kept_by.encode(spec, full, extent)
         else:
-            fresh = self.format.allocate(spec, local, self.extent)
+            fresh = kept_by.allocate(spec, self.blank(spec), extent)
         self.stored.update(self.whole(spec, fresh))
+
+    def blank(self, spec: State) -> Tensor:
+        """A tensor of a state's local shape, layout and device whose values do not matter."""
+        local = sharding.local_of(self.param)
+        _, extent = self.kept(spec)
+        return local if extent.local == tuple(local.shape) else local.new_empty(extent.local)
 
     def whole(self, spec: State, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tensors of one state as they are stored: of a sharded parameter, DTensors of the whole state."""
         if not sharding.is_sharded(self.param):
             return parts
-        shape = self.extent.shape
-        complete = self.format.allocate(spec, torch.empty(shape, device="meta"), Extent(shape, shape))
+        kept_by, extent = self.kept(spec)
+        shape = extent.shape
+        complete = kept_by.allocate(spec, torch.empty(shape, device="meta"), Extent(shape, shape))
         return {key: sharding.like(self.param, part, tuple(complete[key].shape)) for key, part in parts.items()}
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -88,6 +117,10 @@ class Batch:
     slots: list[Slot] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
+    def grad(self, i: int) -> Tensor:
+        """The gradient of slot ``i``, of a sharded parameter the part held here."""
+        return sharding.local_of(self.grads[i])
+
     def each(self) -> list[Batch]:
         """One batch per slot, for rules whose scalars differ by parameter."""
         return [
@@ -96,14 +129,19 @@ class Batch:
         ]
 
     def run(
-        self, update: Update, scalars: Mapping[str, float], grads: Sequence[Tensor] | None = None
+        self,
+        update: Update,
+        scalars: Mapping[str, float],
+        grads: Sequence[Tensor] | None = None,
+        given: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Carry out ``update`` on every slot in one pass, in place.
 
         Args:
-            update: the element-wise rule; its states are among those of the slots.
+            update: the element-wise rule; its states are among those of the slots or of ``given``.
             scalars: its numbers for this step.
-            grads: used instead of the gradients, one per slot in the parameter's shape.
+            grads: used instead of the gradients, one per slot in the parameter's local shape.
+            given: tensors to take the place of states by name, one per slot in the parameter's local shape.
 
         Returns:
             The update's reductions by name, fp32, one number per slot.
@@ -112,18 +150,24 @@ class Batch:
         params = [slot.rows(local) for slot, local in zip(self.slots, locals_, strict=True)]
         inputs = self.grads if grads is None else grads
         kept_by = self.slots[0].format
+        given = {} if given is None else given
         sums = kernels.step(
             update,
             params,
             [slot.rows(sharding.local_of(grad)) for slot, grad in zip(self.slots, inputs, strict=True)],
-            [[slot.operand(spec) for slot in self.slots] for spec in update.states],
-            [kept_by.codec(spec) for spec in update.states],
+            [
+                [slot.rows(one) for slot, one in zip(self.slots, given[spec.name], strict=True)]
+                if spec.name in given
+                else [slot.operand(spec) for slot in self.slots]
+                for spec in update.states
+            ],
+            [None if spec.name in given else kept_by.codec(spec) for spec in update.states],
             scalars,
             seed=self.group["seed"],
             step=self.step,
             numbers=[slot.number for slot in self.slots],
             offsets=[sharding.offset_of(slot.param) for slot in self.slots],
-            roundings=[kept_by.rounding(spec) for spec in update.states],
+            roundings=["nearest" if spec.name in given else kept_by.rounding(spec) for spec in update.states],
             param_rounding=self.group["param_rounding"],
         )
         for local, param in zip(locals_, params, strict=True):

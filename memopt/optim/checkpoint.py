@@ -120,16 +120,16 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's states, copied into the slot's format and device; plain ones are encoded where needed."""
     taken = {"step", "shape"}
     for spec in slot.specs:
+        kept_by, extent = slot.kept(spec)
         plain = stored.get(spec.name)
         if isinstance(plain, Tensor):
             value = sharding.local_of(plain)
-            _expect(spec.name, value, slot.extent.local, None)
-            like = torch.empty_like(sharding.local_of(slot.param), dtype=torch.float32)
-            slot.write(spec, like.copy_(value))
+            _expect(spec.name, value, extent.local, None)
+            slot.write(spec, torch.empty_like(slot.blank(spec), dtype=torch.float32).copy_(value))
             taken.add(spec.name)
             continue
         slot.write(spec, 0.0)
-        for key in slot.format.keys(spec):
+        for key in kept_by.keys(spec):
             found, target = stored.get(key), slot.held[key]
             if not isinstance(found, Tensor):
                 raise ValueError(f"it has no {key}")

@@ -91,12 +91,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} has no option {', '.join(sorted(map(repr, unknown)))} for a parameter group; "
                 f"the options are {', '.join(self.defaults)}"
             )
-        merged = {**self.defaults, **param_group}
-        self._check_options(merged)
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        for param in params:
-            tensor = param[1] if isinstance(param, tuple) else param
+        tensors = [param[1] if isinstance(param, tuple) else param for param in params]
+        merged = {**self.defaults, **param_group, "params": tensors}
+        self._check_options(merged)
+        for tensor in tensors:
             if isinstance(tensor, Tensor) and not tensor.is_floating_point():
                 raise ValueError(
                     f"{type(self).__name__} got a parameter of {tensor.dtype}; it takes real floating-point parameters"
@@ -205,7 +205,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if "step" not in slot.stored:
                     self._initialise(slot, group)
                 step = slot.stored["step"] + 1
-                key = (index, step, slot.specs, slot.format.name, param.dtype, grad.dtype, param.device)
+                names = tuple([spec.name for spec in slot.specs])
+                key = (index, step, names, slot.format.name, param.dtype, grad.dtype, param.device)
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = Batch(group, step, grad_scale)

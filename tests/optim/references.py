@@ -73,3 +73,48 @@ def ademamix(
     v = state["v"] = beta2 * state.get("v", torch.zeros_like(p)) + (1 - beta2) * g**2
     u = (m / (1 - beta1**t) + alpha * slow) / (torch.sqrt(v / (1 - beta2**t)) + eps)
     return p - lr * (u + 0.01 * p)
+
+
+def _orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """The Newton-Schulz iteration; in float64 unrounded, else in bf16 as the method is used."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.bfloat16
+    y = x.to(dtype)
+    y = y.T if x.shape[0] > x.shape[1] else y
+    y = y / y.norm()
+    for _ in range(steps):
+        a = y @ y.T
+        y = 3.4445 * y + (-4.7750 * a + 2.0315 * a @ a) @ y
+    return (y.T if x.shape[0] > x.shape[1] else y).to(x.dtype)
+
+
+def _nesterov(p: Tensor, g: Tensor, state: Any, nesterov: bool) -> Tensor:
+    b = state["b"] = 0.95 * state.get("b", torch.zeros_like(p)) + 0.05 * g
+    return 0.05 * g + 0.95 * b if nesterov else b
+
+
+def muon(
+    p: Tensor, g: Tensor, state: Any, t: int, *, lr: float, nesterov: bool = True, adjust_lr_fn: str = "original"
+) -> Tensor:
+    rows, columns = p.shape
+    scale = max(1, rows / columns) ** 0.5 if adjust_lr_fn == "original" else 0.2 * max(rows, columns) ** 0.5
+    return p * (1 - lr * 0.1) - lr * scale * _orthogonal(_nesterov(p, g, state, nesterov))
+
+
+def normuon(p: Tensor, g: Tensor, state: Any, t: int, *, lr: float) -> Tensor:
+    o = _orthogonal(_nesterov(p, g, state, True))
+    v = state["v"] = 0.95 * state.get("v", torch.zeros_like(p[:, 0])) + 0.05 * (o**2).mean(1)
+    o = o / (v.sqrt() + 1e-10)[:, None]
+    return p * (1 - lr * 0.1) - 0.2 * lr * p.numel() ** 0.5 / o.norm() * o
+
+
+def adam_mini(p: Tensor, g: Tensor, state: Any, t: int, *, lr: float, betas: Any, rows_per_block: int | None) -> Tensor:
+    rows = (1 if p.dim() > 1 else 0) if rows_per_block is None else rows_per_block
+    m = state["m"] = betas[0] * state.get("m", torch.zeros_like(p)) + (1 - betas[0]) * g
+    pieces = []
+    old = state.get("v", {})
+    state["v"] = {}
+    for i in range(0, p.shape[0], rows or p.shape[0]):
+        part = slice(i, i + (rows or p.shape[0]))
+        v = state["v"][i] = betas[1] * old.get(i, 0.0) + (1 - betas[1]) * (g[part] ** 2).mean()
+        pieces.append(m[part] / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8))
+    return p * (1 - lr * 0.01) - lr * torch.cat(pieces)

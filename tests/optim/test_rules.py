@@ -86,6 +86,24 @@ CASES = [
     ),
 ]
 
+MATRICES = ((64, 96), (97, 31), (40, 40))
+for _name, _formula, _more in (
+    ("Muon", ref.muon, {"lr": 0.02}),
+    ("Muon", ref.muon, {"lr": 0.02, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
+    ("NorMuon", ref.normuon, {"lr": 0.02}),
+):
+    CASES.append(Case(_name, _more, lambda p, f=_formula, o=_more: ref.Reference(p, f, **o), MATRICES))
+for _rows in (None, 0, 8):
+    _more = {"lr": 0.01, "betas": (0.9, 0.99), "rows_per_block": _rows}
+    CASES.append(
+        Case(
+            "AdamMini",
+            _more,
+            lambda p, o=_more: ref.Reference(p, ref.adam_mini, **o),
+            ((64, 300), (32, 16, 3, 3), (8,)),
+        )
+    )
+
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fp32_rule_is_as_near_to_float64_as_the_plain_implementation(case: Case) -> None:
@@ -107,6 +125,7 @@ def test_fp32_rule_is_as_near_to_float64_as_the_plain_implementation(case: Case)
 LOW_BIT = {"bf16": (2.0, 2.0), "8bit": (1.0, 1.02), "4bit": (0.5, 0.535)}
 STATES = {
     "Adam": 2, "AdamW": 2, "Lion": 1, "SGD": 1, "RMSprop": 1, "Adagrad": 1, "LAMB": 2, "LARS": 1, "AdEMAMix": 3,
+    "AdamMini": 1, "Muon": 1, "NorMuon": 1,
 }  # fmt: skip
 NEEDED = {"SGD": {"momentum": 0.9}}
 
@@ -114,10 +133,12 @@ NEEDED = {"SGD": {"momentum": 0.9}}
 @pytest.mark.parametrize("state", LOW_BIT)
 @pytest.mark.parametrize("name", STATES)
 def test_bytes_per_parameter(name: str, state: str) -> None:
-    params = parameters([(64, 300), (97, 101), (5001,), (256, 129)])
+    params = parameters([(64, 300), (97, 101), (256, 129), *([(5001,)] if "Muon" not in name else [])])
     optimizer = getattr(room, name)(params, state=state, **NEEDED.get(name, {}))
     run(optimizer, 1)
-    per_state = optimizer.state_bytes() / sum(p.numel() for p in params) / STATES[name]
+    rows = sum(p.shape[0] if p.dim() > 1 else 1 for p in params) * 4  # the moments of Adam-mini and NorMuon
+    held = optimizer.state_bytes() - (rows if name in ("AdamMini", "NorMuon") else 0)
+    per_state = held / sum(p.numel() for p in params) / STATES[name]
     low, high = LOW_BIT[state]
     assert low <= per_state <= high
 
