@@ -1,0 +1,18 @@
+"""Recompute: freed after forward, written again by replaying operations at the first need in the block's backward."""
+
+from __future__ import annotations
+
+from memopt.planner.actions.site import Site, resident
+from memopt.planner.problem import Choice
+from memopt.planner.values import Action
+
+
+def choices(site: Site) -> list[Choice]:
+    """Possible where the operations that write the storage can be replayed from what the block can still read.
+
+    All recomputed storages of a block materialise together, so it is back from the block's first replay on.
+    """
+    if site.replay_seconds is None:
+        return []
+    spans = resident(site.bytes, (site.birth, site.forward_end), (site.replay_at, site.death))
+    return [Choice(-1, Action.RECOMPUTE, None, spans, 0, 0, site.replay_seconds, site.replay_needs, True)]

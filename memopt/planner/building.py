@@ -1,0 +1,230 @@
+"""From a trace to the policy problem: each saved storage's choices, when they hold memory, and the positions to check."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from memopt.planner.actions import Site, choices_at
+from memopt.planner.positions import positions
+from memopt.planner.problem import BlockItems, Choice, Item, Milestone, Moments, Problem, Rates, Resource, held_at
+from memopt.planner.replaying import Replay, replays
+from memopt.planner.values import Action, Block, Category, SavedStorage, Storage, Trace
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def op_seconds(trace: Trace, rates: Rates) -> list[float]:
+    """Roofline seconds of every operation."""
+    return [rates.seconds(op.flops, op.bytes_read + op.bytes_written) for op in trace.ops]
+
+
+def windows(trace: Trace) -> list[Moments]:
+    """Each block call's moments; a swap has one neighbouring block's time in each direction to be done in."""
+    blocks = trace.blocks
+    found = []
+    for block in blocks:
+        stop, back = block.forward[1], block.backward[0]
+        later = [b.forward[1] for b in blocks if b.forward[0] >= stop and b.forward[1] <= back]
+        before = [b.backward[0] for b in blocks if stop <= b.backward[0] and b.backward[1] <= back]
+        found.append(Moments(stop, min(later, default=back), max(before, default=stop), back))
+    return found
+
+
+def moments(trace: Trace) -> list[Moments]:
+    """Each block call's moments; a swap has one neighbouring block's time in each direction to be done in."""
+    found = []
+    for block in trace.blocks:
+        stop, back = block.forward[1], block.backward[0]
+        ends = [b.forward[1] for b in trace.blocks if b.forward[0] >= stop and b.forward[1] <= back]
+        starts = [b.backward[0] for b in trace.blocks if stop <= b.backward[0] and b.backward[1] <= back]
+        found.append(Moments(stop, min(ends, default=back), max(starts, default=stop), back))
+    return found
+
+
+class Builder:
+    """Collects variables while walking through the blocks of one trace."""
+
+    def __init__(self, trace: Trace, rates: Rates, actions: frozenset[Action], saved_limit: int = 0) -> None:
+        self.trace, self.rates, self.actions, self.saved_limit = trace, rates, actions, saved_limit
+        self.storages: dict[int, Storage] = {storage.id: storage for storage in trace.storages}
+        self.births = {storage.id: storage.birth for storage in trace.storages}
+        self.seconds = op_seconds(trace, rates)
+        self.touches = self._touches()
+        self.variables = 0
+        self.managed: set[int] = set()
+        counts = Counter(saved.storage for block in trace.blocks for saved in block.saved)
+        self.shared_between_blocks = {storage for storage, count in counts.items() if count > 1}
+        self.moments = moments(trace)
+
+    def _touches(self) -> dict[int, list[int]]:
+        """The operations that read or write each storage, in order."""
+        touches: dict[int, list[int]] = {}
+        for op in self.trace.ops:
+            for storage in {*op.reads, *op.writes}:
+                touches.setdefault(storage, []).append(op.index)
+        return touches
+
+    def number(self) -> int:
+        """The next variable."""
+        self.variables += 1
+        return self.variables - 1
+
+    def block(self, position: int) -> BlockItems:
+        """The items of one block call."""
+        block = self.trace.blocks[position]
+        movable = [saved for saved in block.saved if self._is_movable(block, saved)]
+        found = replays(self.trace, block, self.births)
+        needed = {saved.storage: self._first_need(block, saved) for saved in movable}
+        replay_at = min(needed.values(), default=block.backward[0])
+        shared, pins = self._resources(movable, found, replay_at)
+        items = []
+        for saved in movable:
+            replay = found[saved.storage]
+            readers = [
+                other.index for other in movable if saved.storage in _reads(found[other.storage]) and other is not saved
+            ]
+            cost, needs = self._replay_cost(replay, shared, pins)
+            site = self._site(position, saved, needed[saved.storage], replay_at, cost, needs, bool(readers))
+            drafts = choices_at(site, self.actions)
+            if len(drafts) < 2:
+                continue
+            choices = tuple(replace(choice, variable=self.number()) for choice in drafts)
+            self.managed.add(saved.storage)
+            last = max(replay.ops) if replay is not None else None
+            extra = self._transient_bytes(block, replay) if replay is not None else 0
+            items.append(Item(saved.index, saved.bytes, saved.token_wise, choices, tuple(readers), last, extra))
+        resources = tuple(shared.values()) + tuple(pins.values())
+        quiet = self._quiet(position, items, resources)
+        return BlockItems(position, block.group, tuple(items), resources, self.moments[position], quiet, replay_at)
+
+    def _transient_bytes(self, block: Block, replay: Replay) -> int:
+        """The most that a replay writes beside saved storages at any of its operations."""
+        saved = {s.storage for s in block.saved}
+        written = {v for op in replay.ops for v in self.trace.ops[op].writes} - saved
+        local = [self.storages[v] for v in written if self.storages[v].birth >= block.forward[0]]
+        return max(sum(s.bytes for s in local if s.birth <= op < s.death) for op in replay.ops)
+
+    def _is_movable(self, block: Block, saved: SavedStorage) -> bool:
+        """Storages that other blocks hold too, that were made outside the block or that are tiny stay as they are."""
+        inside = block.forward[0] <= self.storages[saved.storage].birth < block.forward[1]
+        return inside and saved.storage not in self.shared_between_blocks and saved.bytes > self.saved_limit
+
+    def _first_need(self, block: Block, saved: SavedStorage) -> int:
+        later = [op for op in self.touches.get(saved.storage, []) if op >= block.backward[0]]
+        return min(later, default=self.storages[saved.storage].death)
+
+    def _resources(
+        self, movable: list[SavedStorage], found: dict[int, Replay | None], replay_at: int
+    ) -> tuple[dict[int, Resource], dict[int, Resource]]:
+        """Operations that several replays share, and storages from outside that must outlive their usual death."""
+        if Action.RECOMPUTE not in self.actions:
+            return {}, {}
+        usable = [found[saved.storage] for saved in movable]
+        counts = Counter(op for replay in usable if replay is not None for op in replay.ops)
+        shared = {
+            op: Resource(self.number(), self.seconds[op], ())
+            for op, count in sorted(counts.items())
+            if count > 1 and self.seconds[op] > 0
+        }
+        outside = {read for replay in usable if replay is not None for read in replay.outside_reads}
+        pins = {}
+        for read in sorted(outside):
+            storage = self.storages[read]
+            if storage.category is not Category.WEIGHTS and storage.death < replay_at:
+                pins[read] = Resource(self.number(), 0.0, ((storage.death, replay_at, storage.bytes),))
+        return shared, pins
+
+    def _replay_cost(
+        self, replay: Replay | None, shared: dict[int, Resource], pins: dict[int, Resource]
+    ) -> tuple[float | None, tuple[int, ...]]:
+        if replay is None:
+            return None, ()
+        cost = sum(self.seconds[op] for op in replay.ops if op not in shared)
+        needs = [shared[op].variable for op in replay.ops if op in shared]
+        needs += [pins[read].variable for read in sorted(replay.outside_reads) if read in pins]
+        return cost, tuple(needs)
+
+    def _site(
+        self,
+        position: int,
+        saved: SavedStorage,
+        first_need: int,
+        replay_at: int,
+        cost: float | None,
+        needs: tuple[int, ...],
+        feeds: bool,
+    ) -> Site:
+        storage, times = self.storages[saved.storage], self.moments[position]
+        forward = [op for op in self.touches.get(saved.storage, []) if op < times.backward_start]
+        return Site(
+            bytes=saved.bytes,
+            itemsize=_ITEM_BYTES.get(self.trace.dtype, 1),
+            birth=storage.birth,
+            forward_end=max(forward, default=storage.birth) + 1,
+            first_need=first_need,
+            death=storage.death,
+            leave=times.leave,
+            arrive=times.arrive,
+            replay_at=replay_at,
+            replay_seconds=cost,
+            replay_needs=needs,
+            feeds_replay=feeds,
+            rates=self.rates,
+        )
+
+    def _quiet(self, position: int, items: list[Item], resources: tuple[Resource, ...]) -> tuple[int, int]:
+        """The longest stretch over the gap between forward and backward in which each choice holds just its held bytes."""
+        times = self.moments[position]
+        edges = {times.forward_stop, times.backward_start}
+        for choice in (choice for item in items for choice in item.choices):
+            edges |= {edge for span in choice.spans for edge in span[:2]}
+        edges |= {edge for resource in resources for span in resource.spans for edge in span[:2]}
+        ordered = sorted(edge for edge in edges if times.forward_stop <= edge <= times.backward_start)
+        best = (times.forward_stop, times.forward_stop)
+        for start, stop in zip(ordered, ordered[1:], strict=False):
+            plain = all(held_at(c.spans, start) == c.held_bytes for item in items for c in item.choices)
+            if plain and not any(held_at(r.spans, start) for r in resources) and stop - start > best[1] - best[0]:
+                best = (start, stop)
+        return best
+
+
+def _reads(replay: Replay | None) -> frozenset[int]:
+    return replay.saved_reads if replay is not None else frozenset()
+
+
+def milestones(trace: Trace, seconds: list[float]) -> tuple[Milestone, ...]:
+    """The ends of the blocks' forwards and the starts of their backwards, with the compute time up to each."""
+    times = sorted({b.forward[1] for b in trace.blocks} | {b.backward[0] for b in trace.blocks})
+    found, start = [], 0
+    for time in times:
+        found.append(Milestone(time, sum(seconds[start:time])))
+        start = time
+    return tuple(found)
+
+
+def build(
+    trace: Trace, rates: Rates, budget_bytes: int | None, actions: Iterable[Action], saved_limit: int = 0
+) -> Problem:
+    """Write down the policy problem of a trace on a device.
+
+    Args:
+        trace: the step.
+        rates: the device.
+        budget_bytes: the most that may be resident at any position; ``None`` for no limit.
+        actions: what the policy may do; keeping is always among it.
+        saved_limit: saved storages of at most so many bytes are kept without asking.
+    """
+    builder = Builder(trace, rates, frozenset(actions) | {Action.KEEP}, saved_limit)
+    blocks = tuple(builder.block(position) for position in range(len(trace.blocks)))
+    return Problem(
+        blocks=blocks,
+        positions=positions(trace, blocks, builder.managed, budget_bytes),
+        milestones=milestones(trace, builder.seconds),
+        rates=rates,
+        budget_bytes=budget_bytes,
+        compute_seconds=sum(builder.seconds),
+        variables=builder.variables,
+        floor_bytes=sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS and s.birth <= 0),
+    )

@@ -1,0 +1,236 @@
+"""``plan``: from a trace, a budget and a device to a plan that has been simulated before anyone sees it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memopt.planner.building import build
+from memopt.planner.plan_file import Plan, model_signature
+from memopt.planner.policy import Solution, SolverError, smallest_peak, solve
+from memopt.planner.policy.solving import GAP
+from memopt.planner.problem import Problem, Rates
+from memopt.planner.rates import HardwareLike, rates_of
+from memopt.planner.simulating import Simulation, simulate
+from memopt.planner.units import BudgetError, format_bytes, parse_bytes
+from memopt.planner.validating import validate
+from memopt.planner.values import Action, BlockPlan, Category, Status, StorageAction, Trace
+
+DEFAULT_ACTIONS = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
+ROUNDS = 6  # solves with a corrected target, until the program's memory and the simulation's agree
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A policy and what its simulation showed."""
+
+    blocks: tuple[BlockPlan, ...]
+    simulation: Simulation
+    solution: Solution | None
+    method: str
+
+
+def plan(
+    trace: Trace,
+    budget: int | str | None = None,
+    hardware: HardwareLike = "auto",
+    *,
+    actions: Iterable[Action | str] = DEFAULT_ACTIONS,
+    time_limit: float = 15.0,
+    solver: str = "PULP_CBC_CMD",
+) -> Plan:
+    """Decide what happens to every saved storage of a traced step, so that the step fits and costs the least seconds.
+
+    Args:
+        trace: what ``memopt.trace`` returned.
+        budget: bytes of the whole step on one device, as an integer or text such as ``"24GiB"``; None: no limit.
+        hardware: ``"auto"`` for this machine, a name from the table, a JSON file, or a ``Hardware``.
+        actions: what may be done; ``"compress"`` is lossy and so only done when named.
+        time_limit: seconds for all solves together; the best answer so far counts when they are over.
+        solver: PuLP's name of the solver to use.
+
+    Returns:
+        A plan that ``validate`` has passed. With status ``"infeasible"`` it has no actions, but
+        ``smallest_budget_bytes`` and ``binding``.
+
+    Raises:
+        BudgetError: a budget that cannot be read or that lies below the weights alone.
+        ValueError: an unknown hardware or action.
+        SolverError: the solver cannot be run, or found nothing within ``time_limit``.
+    """
+    began = time.monotonic()
+    allowed = _actions(actions)
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    weights = sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS)
+    if budget_bytes is not None and budget_bytes < weights:
+        raise BudgetError(
+            f"budget {format_bytes(budget_bytes)} is below the weights alone ({format_bytes(weights)}); "
+            "give a larger budget, a smaller model or weights of a smaller dtype"
+        )
+    rates = rates_of(hardware, trace.dtype)
+    planner = _Planner(trace, rates, allowed, time_limit, solver)
+    baseline = simulate(trace, (), rates)
+    if budget_bytes is None or baseline.peak_bytes <= budget_bytes:
+        kept = planner.block_plans({})
+        answer: _Answer | None = _Answer(kept, baseline, None, "everything fits as it is")
+    else:
+        answer = planner.within(budget_bytes)
+    smallest = None
+    status, gap = Status.OPTIMAL, 0.0
+    if answer is None:
+        status, smallest = Status.INFEASIBLE, planner.smallest()
+        shown = _Answer((), smallest.simulation, smallest.solution, smallest.method)
+    else:
+        shown = answer
+        if answer.solution is not None:
+            gap = planner.gap(answer)
+            status = Status.OPTIMAL if gap <= 2 * GAP else Status.FEASIBLE
+    found = _assemble(trace, rates, budget_bytes, baseline, shown, status, gap, time.monotonic() - began)
+    if status is not Status.INFEASIBLE:
+        broken = validate(trace, found, rates).broken
+        if broken is not None:
+            raise SolverError(f"the plan breaks a rule and is withheld: {broken}")
+    return found
+
+
+def _actions(actions: Iterable[Action | str]) -> frozenset[Action]:
+    names = [actions] if isinstance(actions, str) else list(actions)
+    known = [action.value for action in Action]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"actions has {name!r}; the actions are {', '.join(known)}")
+    return frozenset(Action(name) for name in names) | {Action.KEEP}
+
+
+class _Planner:
+    """The rounds of solving and simulating for one trace on one device."""
+
+    def __init__(
+        self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str
+    ) -> None:
+        self.trace, self.rates, self.actions = trace, rates, actions
+        self.deadline, self.solver = time.monotonic() + time_limit, solver
+        self.bound_seconds: float | None = None
+
+    def left(self) -> float:
+        """Seconds that the next solve may take."""
+        return max(2.0, self.deadline - time.monotonic())
+
+    def block_plans(self, chosen: dict[tuple[int, int], tuple[Action, str | None]]) -> tuple[BlockPlan, ...]:
+        """Plans for every block call; storages that were not decided about are kept."""
+        plans = []
+        for n, block in enumerate(self.trace.blocks):
+            fates = []
+            for saved in block.saved:
+                action, format = chosen.get((n, saved.index), (Action.KEEP, None))
+                fates.append(StorageAction(saved.index, saved.bytes, action, 1.0, format))
+            plans.append(BlockPlan(block.path, block.call, block.signature, tuple(fates)))
+        return tuple(plans)
+
+    def within(self, budget_bytes: int) -> _Answer | None:
+        """The cheapest policy whose simulated peak is within the budget; None where none was found.
+
+        The program's memory is a close upper bound of the simulation's in most places. Where it is not, the target
+        handed to the solver moves by the difference and the solver tries again.
+        """
+        target, best = budget_bytes, None
+        seen: set[int] = set()
+        while target > 0 and target not in seen and len(seen) < ROUNDS and (best is None or self.left() > 2):
+            seen.add(target)
+            problem = build(self.trace, self.rates, target, self.actions)
+            solution = solve(problem, self.left(), self.solver)
+            if solution.status is Status.INFEASIBLE:
+                break
+            if target == budget_bytes:
+                self.bound_seconds = solution.bound_seconds
+            answer = self._play(problem, solution)
+            over = answer.simulation.peak_bytes - budget_bytes
+            if over <= 0 and (best is None or _cost(answer) < _cost(best)):
+                best = answer
+            if over == 0 or solution.seconds == 0 and over <= 0:
+                break
+            target -= over
+        if best is None:
+            last = self.smallest()
+            best = last if last.simulation.peak_bytes <= budget_bytes else None
+        return best
+
+    def smallest(self) -> _Answer:
+        """The policy with the smallest peak that was found."""
+        problem = build(self.trace, self.rates, 0, self.actions)
+        _, solution = smallest_peak(problem, self.left(), self.solver)
+        kept = simulate(self.trace, (), self.rates)
+        answer = self._play(problem, solution)
+        if kept.peak_bytes <= answer.simulation.peak_bytes:
+            return _Answer(self.block_plans({}), kept, solution, "nothing saves memory here")
+        return answer
+
+    def _play(self, problem: Problem, solution: Solution) -> _Answer:
+        chosen = {
+            (block.block, item.index): (choice.action, choice.format)
+            for block in problem.blocks
+            for item in block.items
+            for choice in item.choices
+            if choice.variable in solution.taken
+        }
+        plans = self.block_plans(chosen)
+        return _Answer(plans, simulate(self.trace, plans, self.rates), solution, solution.method)
+
+    def gap(self, answer: _Answer) -> float:
+        """How much faster the step could be at most, by the first solve's bound for the budget as given."""
+        spent = answer.simulation.step_seconds
+        best = answer.simulation.compute_seconds + (self.bound_seconds or 0.0)
+        return max(0.0, (spent - best) / spent) if spent > 0 else 0.0
+
+
+def _cost(answer: _Answer) -> tuple[float, int]:
+    return answer.simulation.step_seconds, answer.simulation.swapped_bytes
+
+
+def _assemble(
+    trace: Trace,
+    rates: Rates,
+    budget_bytes: int | None,
+    baseline: Simulation,
+    answer: _Answer,
+    status: Status,
+    gap: float,
+    seconds: float,
+) -> Plan:
+    found = answer.simulation
+    return Plan(
+        model=trace.model,
+        model_signature=model_signature(trace),
+        dtype=trace.dtype,
+        hardware=rates.name,
+        status=status,
+        method=answer.method,
+        gap=gap,
+        budget_bytes=budget_bytes,
+        peak_bytes=found.peak_bytes,
+        peak_at=found.peak_at,
+        baseline_peak_bytes=baseline.peak_bytes,
+        by_category=found.by_category,
+        smallest_budget_bytes=found.peak_bytes if status is Status.INFEASIBLE else None,
+        binding=_binding(found, budget_bytes),
+        compute_seconds=found.compute_seconds,
+        recompute_seconds=found.recompute_seconds,
+        stall_seconds=found.stall_seconds,
+        compression_seconds=found.compression_seconds,
+        swap_tier=rates.tier,
+        swapped_bytes=found.swapped_bytes,
+        host_bytes=found.host_bytes,
+        blocks=answer.blocks,
+        timeline_before=baseline.timeline,
+        timeline_after=found.timeline,
+        solve_seconds=seconds,
+    )
+
+
+def _binding(found: Simulation, budget_bytes: int | None) -> str:
+    """What the peak consists of, largest first, and whether the budget is what stops it."""
+    parts = sorted(found.by_category.items(), key=lambda part: -part[1])
+    text = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+    limit = "nothing" if budget_bytes is None or found.peak_bytes < 0.9 * budget_bytes else f"memory at {found.peak_at}"
+    return f"{limit} ({text})"

@@ -1,0 +1,214 @@
+"""Solves the policy program: the bundled CBC through PuLP, with every way in which a solver may fail handled.
+
+A program is solved as a linear one first, which gives a lower bound. Variables that it leaves at 0 or 1 are fixed there,
+and the few others are solved in integers. Where that leaves a gap, every variable whose reduced cost is within the gap is
+set free again and the program solved once more, which proves the answer. Answers are rounded to exact integers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from memopt.planner.policy import cost
+from memopt.planner.policy.families import add_all
+from memopt.planner.policy.program import Program
+from memopt.planner.problem import Problem
+from memopt.planner.values import Status
+
+GAP = 1e-4  # of the step's seconds: far less than any model of a device can tell apart
+TRAFFIC_LIMIT = 2.0  # seconds spent on swapping less at no loss of time
+NEAR = 1e-6  # a relaxed variable so close to an integer counts as one
+
+
+class SolverError(RuntimeError):
+    """The solver is missing, crashed, or answered nonsense; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The choices taken (their variables), the objective in seconds and a lower bound on it, and how it was obtained."""
+
+    status: Status
+    taken: frozenset[int]
+    seconds: float
+    bound_seconds: float
+    method: str
+    solve_seconds: float
+
+
+def solve(problem: Problem, time_limit: float = 15.0, solver: str = "PULP_CBC_CMD", gap: float = GAP) -> Solution:
+    """Find the cheapest fate of every item within the budget.
+
+    Args:
+        problem: what to decide.
+        time_limit: seconds after which the best answer so far counts.
+        solver: PuLP's name of the solver.
+        gap: share of the step's seconds within which an answer counts as optimal.
+
+    Returns:
+        A solution; ``infeasible`` where no choice fits the budget in the program's own terms.
+
+    Raises:
+        SolverError: the solver cannot be run or answers nonsense.
+    """
+    return _Run(problem, time_limit, solver, gap, seek_peak=False).solve()
+
+
+def smallest_peak(problem: Problem, time_limit: float = 15.0, solver: str = "PULP_CBC_CMD") -> tuple[int, Solution]:
+    """Find the choices with the smallest peak, and that peak in the program's own terms.
+
+    The problem's positions must have been built for a budget that leaves out none that matters (0 keeps them all).
+    """
+    run = _Run(problem, time_limit, solver, GAP, seek_peak=True)
+    solution = run.solve()
+    return math.ceil(run.peak_bytes), solution
+
+
+class _Run:
+    """One program on its way to an answer."""
+
+    def __init__(self, problem: Problem, time_limit: float, solver: str, gap: float, seek_peak: bool) -> None:
+        import pulp
+
+        self.problem, self.gap, self.seek_peak = problem, gap, seek_peak
+        self.began = time.monotonic()
+        self.deadline = self.began + time_limit
+        self.solver = solver
+        self.peak_bytes = self.bound = 0.0
+        most = max((position.fixed_bytes for position in problem.positions), default=1)
+        unit_bytes = max(most, problem.budget_bytes or 1) / 1024
+        self.program = Program(problem, pulp.LpProblem("policy", pulp.LpMinimize), unit_bytes, problem.compute_seconds)
+        program = self.program
+        program.choices = {c.variable: pulp.LpVariable(f"x{c.variable}", 0, 1) for c in program.all_choices()}
+        program.resources = {r.variable: pulp.LpVariable(f"y{r.variable}", 0, 1) for r in program.all_resources()}
+        if seek_peak:
+            program.peak = program.continuous("peak")
+        add_all(program)
+        objective = cost.step_cost(program)
+        program.model.setObjective(program.peak + 1e-4 * objective if seek_peak else objective)
+
+    def solve(self) -> Solution:
+        """Relax, fix what is decided, solve the rest; then, at no loss of time, swap as little as possible."""
+        status, method = self._minimise()
+        if status is Status.INFEASIBLE:
+            return Solution(status, frozenset(), math.inf, math.inf, method, time.monotonic() - self.began)
+        answer = self._solution(status, method)
+        swapped = sum(c.swap_bytes for c in self.program.all_choices() if c.variable in answer.taken)
+        if not swapped or self.seek_peak or not self.problem.rates.overlap or self._left() < 1:
+            return answer
+        share = answer.seconds / self.problem.compute_seconds
+        self.program.add(cost.seconds(self.program) <= share + self.gap / 10)
+        self.program.model.setObjective(cost.traffic(self.program))
+        self.deadline = min(self.deadline, time.monotonic() + TRAFFIC_LIMIT)
+        try:
+            status, _ = self._minimise(prove=False)
+            least = self._solution(status, method + ", then least traffic")
+        except SolverError:
+            return answer
+        if status is Status.INFEASIBLE:
+            return answer
+        return replace(least, status=answer.status, bound_seconds=answer.bound_seconds)
+
+    def _minimise(self, prove: bool = True) -> tuple[Status, str]:
+        """Solves for the objective as it stands; ``self.bound`` becomes a lower bound of it, a close one with ``prove``."""
+        choices = list(self.program.choices.values())
+        for variable in choices:
+            variable.cat, variable.lowBound, variable.upBound = "Continuous", 0, 1
+        if self._call(integer=False) is Status.INFEASIBLE:
+            return Status.INFEASIBLE, "the linear relaxation is infeasible"
+        self.bound = self._objective()
+        relaxed = {variable.name: (variable.varValue, variable.dj or 0.0) for variable in choices}
+        free = self._fix(choices, lambda value, _: True, relaxed)
+        status = self._call(integer=True)
+        if status is Status.INFEASIBLE:
+            free = self._fix(choices, lambda *_: False, relaxed)
+            status = self._call(integer=True)
+            if status is Status.OPTIMAL:
+                self.bound = max(self.bound, self._objective() - self.gap)
+        elif prove and (best := self._objective()) - self.bound > self.gap and self._left() > 1:
+            # In an answer better than ``best``, whatever costs more than the difference when moved stays where it is.
+            values = {variable.name: variable.varValue for variable in self.program.model.variables()}
+            room = best - self.bound
+            free = self._fix(choices, lambda _, price: abs(price) > room, relaxed)
+            try:
+                status = self._call(integer=True)
+            except SolverError:
+                status = Status.INFEASIBLE
+            if status is Status.OPTIMAL:
+                self.bound = max(self.bound, self._objective() - self.gap)
+            if status is Status.INFEASIBLE or self._objective() > best:
+                self._restore(values)
+                status = Status.FEASIBLE
+        method = f"linear relaxation, then a mixed-integer program over the {free} undecided of {len(choices)} choices"
+        return status, method
+
+    def _restore(self, values: dict[str, float | None]) -> None:
+        for variable in self.program.model.variables():
+            variable.varValue = values[variable.name]
+
+    def _left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _fix(
+        self,
+        variables: list[Any],
+        decided: Callable[[float, float], bool],
+        relaxed: dict[str, tuple[float, float]],
+    ) -> int:
+        """Makes the variables integer and fixes those that ``decided(value, price)`` holds for; counts the others."""
+        free = 0
+        for variable in variables:
+            value, price = relaxed[variable.name]
+            fixed = decided(value, price) and abs(value - round(value)) <= NEAR
+            variable.cat = "Integer"
+            variable.lowBound, variable.upBound = (round(value), round(value)) if fixed else (0, 1)
+            free += not fixed
+        return free
+
+    def _call(self, integer: bool) -> Status:
+        """Runs the solver on the program as it stands."""
+        import pulp
+
+        try:
+            limits = {"timeLimit": max(1.0, self._left()), **({"gapAbs": self.gap / 2} if integer else {})}
+            solver = pulp.getSolver(self.solver, msg=False, **limits)
+            if not solver.available():
+                raise SolverError(f"solver {self.solver} cannot be run here; pip install --force-reinstall pulp")
+            status = self.program.model.solve(solver)
+        except (pulp.PulpSolverError, OSError) as error:
+            raise SolverError(f"solver {self.solver} failed: {error}") from error
+        if status == pulp.LpStatusInfeasible:
+            return Status.INFEASIBLE
+        if self.program.model.sol_status == pulp.LpSolutionOptimal:
+            return Status.OPTIMAL
+        if self.program.model.sol_status == pulp.LpSolutionIntegerFeasible:
+            return Status.FEASIBLE
+        raise SolverError(
+            f"solver {self.solver} found nothing in time ({pulp.LpStatus[status]}); give it a longer time_limit"
+        )
+
+    def _objective(self) -> float:
+        return float(self.program.model.objective.value())
+
+    def _solution(self, status: Status, method: str) -> Solution:
+        taken = set()
+        for block in self.problem.blocks:
+            for item in block.items:
+                best = max(item.choices, key=lambda c: self.program.choices[c.variable].varValue or 0.0)
+                if not 0.999 <= (self.program.choices[best.variable].varValue or 0.0) <= 1.001:
+                    raise SolverError(
+                        f"solver {self.solver} answered no integers for block {block.block}, item {item.index}"
+                    )
+                taken.add(best.variable)
+        if self.program.peak is not None:
+            self.peak_bytes = float(self.program.peak.varValue) * self.program.unit_bytes
+        seconds = float(cost.seconds(self.program).value()) * self.problem.compute_seconds
+        over = max(0.0, self._objective() - self.bound)
+        if status is Status.OPTIMAL and over > 2 * self.gap:
+            status = Status.FEASIBLE
+        lower = max(0.0, seconds - over * self.problem.compute_seconds)
+        return Solution(status, frozenset(taken), seconds, lower, method, time.monotonic() - self.began)

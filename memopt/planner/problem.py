@@ -1,0 +1,149 @@
+"""The policy problem as plain values: what may happen to each saved storage, what that holds, when, and what it costs.
+
+Times are operation indices of the trace. A *span* ``(start, stop, bytes)`` says that so many bytes are resident before
+operation ``stop`` from operation ``start`` on. Every variable of the program has a number: the choices of all items
+(one of each item's choices is taken) and the *resources* that several choices share (an operation that must be replayed
+for two of them, an input that must stay alive), each taken when one of its choices is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memopt.planner.values import Action
+
+Span = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device does per second, and how much its swap tier holds.
+
+    ``overlap`` says that copies to and from the tier run beside compute: a block's storages leave until the end of the
+    next block's forward and come back from the beginning of the next block's backward on. Without it they leave and
+    come back at once, while nothing else runs.
+    """
+
+    name: str
+    flops_per_second: float
+    memory_bytes_per_second: float
+    swap_out_bytes_per_second: float
+    swap_in_bytes_per_second: float
+    host_bytes: int
+    tier: str
+    overlap: bool
+
+    def seconds(self, flops: int, moved_bytes: int) -> float:
+        """Roofline: the longer of computing and of moving."""
+        return max(flops / self.flops_per_second, moved_bytes / self.memory_bytes_per_second)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that may happen to an item: ``variable`` is 1 when it does.
+
+    ``held_bytes`` stay resident between the block's forward and backward; ``swap_bytes`` go to the tier and come back;
+    ``seconds`` are what it costs beside its shared ``needs``; ``feeds`` says that a replay may read the item.
+    """
+
+    variable: int
+    action: Action
+    format: str | None
+    spans: tuple[Span, ...]
+    held_bytes: int
+    swap_bytes: int
+    seconds: float
+    needs: tuple[int, ...]
+    feeds: bool
+
+
+@dataclass(frozen=True)
+class Item:
+    """A saved storage whose fate the policy decides; ``readers`` are the items whose replay reads it.
+
+    Its own replay ends with operation ``replay_last`` and needs ``replay_bytes`` for values that are not saved.
+    """
+
+    index: int
+    bytes: int
+    token_wise: bool
+    choices: tuple[Choice, ...]
+    readers: tuple[int, ...]
+    replay_last: int | None
+    replay_bytes: int
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Something that several choices share: an operation to replay (``seconds``) or a storage to pin (``spans``)."""
+
+    variable: int
+    seconds: float
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A block call's forward end, when its swaps have left, when they start to return, and its backward start."""
+
+    forward_stop: int
+    leave: int
+    arrive: int
+    backward_start: int
+
+
+@dataclass(frozen=True)
+class BlockItems:
+    """The decisions in one block call: ``block`` is its place in the trace, ``group`` its kind.
+
+    In the ``quiet`` span of operations it holds its choices' held bytes and nothing else; it replays at ``replay_at``.
+    """
+
+    block: int
+    group: int
+    items: tuple[Item, ...]
+    resources: tuple[Resource, ...]
+    moments: Moments
+    quiet: tuple[int, int]
+    replay_at: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """A moment at which memory must fit: ``fixed_bytes`` + what blocks ``quiet[0]`` to ``quiet[1]`` hold + the terms.
+
+    ``terms`` are (variable, bytes) of the blocks that are at work.
+    """
+
+    time: int
+    label: str
+    fixed_bytes: int
+    quiet: tuple[int, int]
+    terms: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """A moment of the step between two of which ``seconds`` of compute pass; a block's swaps refer to them."""
+
+    time: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything the policy program needs; comparable and free of tensors."""
+
+    blocks: tuple[BlockItems, ...]
+    positions: tuple[Position, ...]
+    milestones: tuple[Milestone, ...]
+    rates: Rates
+    budget_bytes: int | None
+    compute_seconds: float
+    variables: int
+    floor_bytes: int
+
+
+def held_at(spans: tuple[Span, ...], time: int) -> int:
+    """Bytes that spans hold at an operation."""
+    return sum(size for start, stop, size in spans if start <= time < stop)

@@ -1,0 +1,359 @@
+"""Plays a traced step with a plan's actions: every storage, every operation, every replay and copy, one after another.
+
+The runtime's rules, as this simulation knows them:
+
+- A kept storage lives as in the trace.
+- Any other saved storage goes when forward's last operation that reads or writes it has run (as late as the block's
+  backward begins: whoever else reads it in between keeps it).
+- Copies without overlap hold up the step, out when the storage goes, in at its first need. With overlap they run on two
+  links of their own; what a block swaps has left when the next block's forward ends, and its return is begun when the
+  backward of the block behind it begins; whoever comes too early waits.
+- The first need of any recomputed storage in a block's backward replays the operations that all recomputed storages of
+  the block take. Everything they write that was not saved goes again when it went in forward, at the latest when the
+  replay ends. What a replay reads from outside the block stays until then.
+- A compressed copy lives from the storage's last use in forward to its death; the storage returns at its first need.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from memopt.planner.actions.compress import FORMAT_BITS
+from memopt.planner.plan_file import Timeline
+from memopt.planner.problem import Rates
+from memopt.planner.values import Action, Block, BlockPlan, Category, Op, StorageAction, Trace
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class Simulation:
+    """What happened: bytes at the peak and over time, seconds by what they were spent on, bytes swapped."""
+
+    broken: str | None = None
+    peak_bytes: int = 0
+    peak_at: str = ""
+    peak_index: int = 0
+    by_category: dict[str, int] = field(default_factory=dict)
+    compute_seconds: float = 0.0
+    recompute_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    compression_seconds: float = 0.0
+    swapped_bytes: int = 0
+    host_bytes: int = 0
+    moments: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        """All seconds of the step."""
+        return self.compute_seconds + self.recompute_seconds + self.stall_seconds + self.compression_seconds
+
+    @property
+    def timeline(self) -> Timeline:
+        """Bytes by category over time, thinned to at most 2000 moments that keep every local peak's height."""
+        chosen = thin(self.moments, 2000)
+        names = [category.value for category in Category]
+        return Timeline(
+            tuple(seconds for seconds, _ in chosen),
+            {name: tuple(sizes[n] for _, sizes in chosen) for n, name in enumerate(names)},
+        )
+
+
+def thin(moments: list[tuple[float, tuple[int, ...]]], most: int) -> list[tuple[float, tuple[int, ...]]]:
+    """At most ``most`` of the moments, out of each stretch the fullest."""
+    if len(moments) <= most:
+        return moments
+    edges = [len(moments) * n // most for n in range(most + 1)]
+    return [max(moments[a:b], key=lambda m: sum(m[1])) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@dataclass
+class _Saved:
+    """A saved storage that does not simply stay: its fates, and where it is now."""
+
+    block: int
+    index: int
+    parts: tuple[StorageAction, ...]
+    forward_end: int
+    present: bool = False
+    gone: bool = False
+    copied_at: float = 0.0
+    back_at: float = 0.0
+
+    def share(self, action: Action) -> float:
+        return sum(part.fraction for part in self.parts if part.action is action)
+
+
+def simulate(trace: Trace, plans: Iterable[BlockPlan], rates: Rates) -> Simulation:
+    """Play the step; storages that no plan names are kept.
+
+    Returns:
+        The simulation; ``broken`` says, where something cannot be carried out, what.
+    """
+    return _Player(trace, list(plans), rates).play()
+
+
+class _Player:
+    def __init__(self, trace: Trace, plans: list[BlockPlan], rates: Rates) -> None:
+        self.trace, self.rates, self.found = trace, rates, Simulation()
+        self.storages = {storage.id: storage for storage in trace.storages}
+        self.held: dict[tuple[str, int], int] = {}
+        self.by_category = dict.fromkeys(Category, 0)
+        self.clock = self.out_free = self.in_free = 0.0
+        self.away_bytes = 0
+        self.saved: dict[int, _Saved] = {}
+        self.replayed: set[int] = set()
+        self.pins: defaultdict[int, set[int]] = defaultdict(set)
+        self.cones: dict[int, list[Op]] = {}
+        self.touches: defaultdict[int, list[int]] = defaultdict(list)
+        for op in trace.ops:
+            for storage in {*op.reads, *op.writes}:
+                self.touches[storage].append(op.index)
+        self.must_have_left: defaultdict[int, list[int]] = defaultdict(list)
+        self.start_to_return: defaultdict[int, list[int]] = defaultdict(list)
+        self.must_be_back: defaultdict[int, list[int]] = defaultdict(list)
+        self._read_plans(plans)
+        self._plan_replays()
+        self._plan_copies()
+
+    def _read_plans(self, plans: list[BlockPlan]) -> None:
+        numbers = {(block.path, block.call): n for n, block in enumerate(self.trace.blocks)}
+        for plan in plans:
+            n = numbers[plan.path, plan.call]
+            block = self.trace.blocks[n]
+            fates: defaultdict[int, list[StorageAction]] = defaultdict(list)
+            for action in plan.actions:
+                fates[action.index].append(action)
+            for saved in block.saved:
+                parts = tuple(fates[saved.index])
+                if all(part.action is Action.KEEP for part in parts):
+                    continue
+                uses = [op for op in self.touches[saved.storage] if op < block.backward[0]]
+                self.saved[saved.storage] = _Saved(n, saved.index, parts, max(uses, default=0) + 1)
+
+    def _plan_replays(self) -> None:
+        """Which operations each block replays, and which outside storages must wait for it."""
+        for n, block in enumerate(self.trace.blocks):
+            wanted = [s for s, saved in self.saved.items() if saved.block == n and saved.share(Action.RECOMPUTE)]
+            if wanted:
+                self.cones[n] = self._cone(block, wanted)
+
+    def _cone(self, block: Block, wanted: list[int]) -> list[Op]:
+        """The operations that must run again, backwards from the last one: those that write what is wanted."""
+        ops = self.trace.ops[block.forward[0] : block.forward[1]]
+        inside = {s for op in ops for s in op.writes if self.storages[s].birth >= block.forward[0]}
+        exact = {s.storage for s in block.saved if self._feeds(s.storage)} & inside
+        lost, cone = set(wanted), []
+        unwritten = lost - inside
+        if unwritten:
+            self._break(block, f"recomputes storage {min(unwritten)}, which no operation of the block writes")
+        overwritten: set[int] = set()
+        for op in reversed(ops):
+            if lost.intersection(op.writes):
+                cone.append(op)
+                for read in op.reads:
+                    if read not in inside:
+                        self.pins[read].add(self.trace.blocks.index(block))
+                    elif read not in exact or read in overwritten or read in op.writes:
+                        lost.add(read)
+            overwritten.update(op.writes)
+        return cone[::-1]
+
+    def _feeds(self, storage: int) -> bool:
+        """Whether a replay may read the saved bytes: kept, or copied without loss."""
+        saved = self.saved.get(storage)
+        return saved is None or not (saved.share(Action.RECOMPUTE) or saved.share(Action.COMPRESS))
+
+    def play(self) -> Simulation:
+        """One step, from the first operation to the last."""
+        trace, seconds = self.trace, self.rates.seconds
+        last = len(trace.ops)
+        births, deaths, leaving = defaultdict(list), defaultdict(list), defaultdict(list)
+        for storage in trace.storages:
+            if storage.birth < storage.death and storage.birth < last:
+                births[max(storage.birth, 0)].append(storage.id)
+                deaths[storage.death].append(storage.id)
+        for storage_id, saved in self.saved.items():
+            leaving[saved.forward_end].append(storage_id)
+        for op in trace.ops:
+            self._release(deaths[op.index], leaving[op.index])
+            self._copies(op.index)
+            for read in op.reads:
+                if read in self.saved and op.index >= trace.blocks[self.saved[read].block].backward[0]:
+                    self._need(read, op)
+            for born in births[op.index]:
+                self._hold(("storage", born), born)
+                if born in self.saved:
+                    self.saved[born].present = True
+            self._measure(op.index, op.name)
+            spent = seconds(op.flops, op.bytes_read + op.bytes_written)
+            self.clock += spent
+            self.found.compute_seconds += spent
+        return self.found
+
+    def _release(self, dying: list[int], leaving: list[int]) -> None:
+        for storage in dying:
+            if any(n not in self.replayed for n in self.pins.get(storage, ())):
+                continue
+            self._drop(("storage", storage))
+            self._drop(("copy", storage))
+        for storage in leaving:
+            self._leave(storage, self.saved[storage])
+
+    def _leave(self, storage: int, saved: _Saved) -> None:
+        """Forward has let go of it."""
+        size = self.storages[storage].bytes
+        swapped = int(size * saved.share(Action.SWAP))
+        saved.gone, saved.present = True, False
+        kept = int(size * saved.share(Action.KEEP)) + self._compressed(storage, saved)
+        self._resize(("storage", storage), storage, swapped if self.rates.overlap else 0)
+        if kept:
+            self._hold(("copy", storage), storage, kept)
+        if swapped:
+            copy = swapped / self.rates.swap_out_bytes_per_second
+            self.found.swapped_bytes += swapped
+            self.away_bytes += swapped
+            self.found.host_bytes = max(self.found.host_bytes, self.away_bytes)
+            if self.rates.overlap:
+                self.out_free = saved.copied_at = max(self.clock, self.out_free) + copy
+            else:
+                self._wait(copy)
+
+    def _compressed(self, storage: int, saved: _Saved) -> int:
+        """Bytes of its compressed copy; making it takes one pass."""
+        total = 0
+        for part in saved.parts:
+            if part.action is Action.COMPRESS:
+                elements = self.storages[storage].bytes * part.fraction / _ITEM_BYTES.get(self.trace.dtype, 1)
+                size = int(elements * FORMAT_BITS[part.format or "8bit"] / 8)
+                self._spend_codec(int(self.storages[storage].bytes * part.fraction) + size)
+                total += size
+        return total
+
+    def _copies(self, time: int) -> None:
+        """Overlapped copies whose block boundary is now: those out must have ended, those in begin or must have."""
+        for storage in self.must_have_left[time]:
+            self._wait(self.saved[storage].copied_at - self.clock)
+            self._resize(("storage", storage), storage, 0)
+        for storage in self.start_to_return[time]:
+            saved, size = self.saved[storage], self._swapped(storage)
+            self._hold(("storage", storage), storage, size)
+            copy = size / self.rates.swap_in_bytes_per_second
+            self.in_free = saved.back_at = max(self.clock, self.in_free, saved.copied_at) + copy
+        for storage in self.must_be_back[time]:
+            self._wait(self.saved[storage].back_at - self.clock)
+            self.away_bytes -= self._swapped(storage)
+
+    def _swapped(self, storage: int) -> int:
+        return int(self.storages[storage].bytes * self.saved[storage].share(Action.SWAP))
+
+    def _plan_copies(self) -> None:
+        """Where overlapped copies must have ended and begin; a block with no other between has no time to swap."""
+        blocks = self.trace.blocks
+        for storage, saved in self.saved.items():
+            block = blocks[saved.block]
+            stop, back = block.forward[1], block.backward[0]
+            next_ends = [b.forward[1] for b in blocks if b.forward[0] >= stop and b.forward[1] <= back]
+            behind = [b.backward[0] for b in blocks if b.backward[0] >= stop and b.backward[1] <= back]
+            if not self._swapped(storage) or not self.rates.overlap:
+                continue
+            if not next_ends or not behind:
+                self._break(block, "swaps, but no other block runs in the meantime")
+                continue
+            self.must_have_left[max(min(next_ends), saved.forward_end)].append(storage)
+            self.start_to_return[max(behind)].append(storage)
+            self.must_be_back[back].append(storage)
+
+    def _need(self, storage: int, op: Op) -> None:
+        """Backward reads a saved storage."""
+        saved = self.saved[storage]
+        if saved.present or not saved.gone:
+            return
+        if saved.share(Action.RECOMPUTE):
+            self._replay(saved.block, op)
+        self._return(storage, saved)
+
+    def _return(self, storage: int, saved: _Saved) -> None:
+        """Brings back what was swapped or compressed."""
+        if saved.present:
+            return
+        saved.present = True
+        size = self.storages[storage].bytes
+        swapped = int(size * saved.share(Action.SWAP))
+        if swapped and not self.rates.overlap:
+            self._wait(swapped / self.rates.swap_in_bytes_per_second)
+            self.away_bytes -= swapped
+        for part in saved.parts:
+            if part.action is Action.COMPRESS:
+                self._spend_codec(size + self.held.get(("copy", storage), 0))
+        kept = int(size * saved.share(Action.KEEP))
+        self._resize(("storage", storage), storage, size - kept)
+
+    def _replay(self, n: int, op: Op) -> None:
+        """Runs the block's operations that are needed again; every recomputed storage of the block is back after it."""
+        if n in self.replayed:
+            return
+        block, cone = self.trace.blocks[n], self.cones[n]
+        inputs = {read for replayed in cone for read in replayed.reads}
+        for storage in sorted(inputs):
+            saved = self.saved.get(storage)
+            if saved is not None and saved.block == n and saved.gone and self._feeds(storage):
+                self._return(storage, saved)
+        wanted = {s for s, saved in self.saved.items() if saved.block == n and saved.share(Action.RECOMPUTE)}
+        for replayed in cone:
+            for storage in replayed.writes:
+                if storage in wanted:
+                    self.saved[storage].present = True
+                    self._resize(("storage", storage), storage, self.storages[storage].bytes)
+                elif self.storages[storage].birth >= block.forward[0]:
+                    self._hold(("again", storage), storage)
+            self._measure(op.index, f"replay of {replayed.name}")
+            spent = self.rates.seconds(replayed.flops, replayed.bytes_read + replayed.bytes_written)
+            self.clock += spent
+            self.found.recompute_seconds += spent
+            for kind, storage in list(self.held):
+                if kind == "again" and self.storages[storage].death <= replayed.index + 1:
+                    self._drop((kind, storage))
+        for key in [key for key in self.held if key[0] == "again"]:
+            self._drop(key)
+        self.replayed.add(n)
+        for storage, waiting in self.pins.items():
+            if n in waiting and self.storages[storage].death <= op.index and waiting <= self.replayed:
+                self._drop(("storage", storage))
+
+    def _hold(self, key: tuple[str, int], storage: int, size: int | None = None) -> None:
+        self._resize(key, storage, self.storages[storage].bytes if size is None else size)
+
+    def _resize(self, key: tuple[str, int], storage: int, size: int) -> None:
+        self.by_category[self.storages[storage].category] += size - self.held.get(key, 0)
+        if size:
+            self.held[key] = size
+        else:
+            self.held.pop(key, None)
+
+    def _drop(self, key: tuple[str, int]) -> None:
+        self._resize(key, key[1], 0)
+
+    def _wait(self, seconds: float) -> None:
+        if seconds > 0:
+            self.clock += seconds
+            self.found.stall_seconds += seconds
+
+    def _spend_codec(self, moved_bytes: int) -> None:
+        spent = self.rates.seconds(0, moved_bytes)
+        self.clock += spent
+        self.found.compression_seconds += spent
+
+    def _measure(self, index: int, name: str) -> None:
+        sizes = tuple(self.by_category.values())
+        self.found.moments.append((self.clock, sizes))
+        total = sum(sizes)
+        if total > self.found.peak_bytes:
+            self.found.peak_bytes, self.found.peak_at, self.found.peak_index = total, name, index
+            self.found.by_category = {category.value: size for category, size in self.by_category.items()}
+
+    def _break(self, block: Block, what: str) -> None:
+        if self.found.broken is None:
+            self.found.broken = f"block {block.path} (call {block.call}) {what}"
