@@ -1,0 +1,122 @@
+"""Applying a plan to a model, and taking it off again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from torch import nn
+
+from memopt.offload.calls import Policy
+from memopt.offload.checking import check_actions, find_block, missing_fields
+from memopt.offload.errors import PlanMismatchError
+from memopt.offload.planned import PlannedForward
+from memopt.offload.tiers import open_tier
+from memopt.planner.values import BlockPlan
+
+_planned: WeakSet[nn.Module] = WeakSet()
+
+
+class PlanLike(Protocol):
+    """What the runtime reads of a plan: ``memopt.planner.Plan`` has it, and so may anything else."""
+
+    @property
+    def blocks(self) -> tuple[BlockPlan, ...]:
+        """The actions, block call by block call."""
+
+    @property
+    def swap_tier(self) -> Any:
+        """``"host"``, ``"disk"`` or ``"none"``."""
+
+
+class Handle:
+    """An applied plan: a context manager, or ``remove()`` it by hand."""
+
+    def __init__(self, model: nn.Module, plan: PlanLike, folder: Any, limit_bytes: int | None) -> None:
+        self.model, self.plan = model, plan
+        by_path: dict[str, dict[int, BlockPlan]] = {}
+        for part in plan.blocks:
+            check_actions(part)
+            calls = by_path.setdefault(part.path, {})
+            if part.call in calls:
+                raise PlanMismatchError(f"the plan has two entries for block {part.path!r}, call {part.call}")
+            calls[part.call] = part
+        blocks = {path: find_block(model, path) for path in by_path}
+        for path, block in blocks.items():
+            if block in _planned:
+                raise PlanMismatchError(
+                    f"block {path!r} already runs under a plan; take that one off first with handle.remove()"
+                )
+        tier_name = str(getattr(plan.swap_tier, "value", plan.swap_tier) or "none")
+        self.tier = open_tier(tier_name, folder, limit_bytes)
+        self.blocks: list[PlannedForward] = []
+        for path, calls in by_path.items():
+            parts = [calls.get(n) for n in range(max(calls) + 1)]
+            policies = [
+                None if part is None else (part, Policy({a.index: a for a in part.actions}, self.tier))
+                for part in parts
+            ]
+            self.blocks.append(PlannedForward(blocks[path], path, policies, self))
+        for planned in self.blocks:
+            planned.block.forward = planned  # type: ignore[method-assign]
+            _planned.add(planned.block)
+        self._step = model.register_forward_pre_hook(self._entered)
+        self._removed = False
+
+    def _entered(self, model: nn.Module, args: Any) -> None:
+        if model is self.model:
+            self.tier.new_step()
+            for planned in self.blocks:
+                planned.calls = 0
+
+    def remove(self) -> None:
+        """Put every block's own forward back. Graphs made under the plan can still run backward. Safe to repeat."""
+        if self._removed:
+            return
+        self._removed = True
+        self._step.remove()
+        for planned in self.blocks:
+            planned.restore()
+            _planned.discard(planned.block)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+
+def apply(
+    model: nn.Module,
+    plan: PlanLike,
+    *,
+    swap_folder: str | os.PathLike[str] | None = None,
+    swap_limit_bytes: int | None = None,
+) -> Handle:
+    """Carry a plan out on a model, from the next forward on, until it is removed.
+
+    Losses, gradients, buffers and random states stay bitwise those of the plain run where the plan keeps, swaps and
+    recomputes; compressed storages come back within the error of their format. The model is not edited: only the
+    ``forward`` attribute of the planned blocks is covered while the plan is applied.
+
+    Args:
+        model: the module that the loop calls; the plan's block paths are relative to it.
+        plan: what ``memopt.plan`` made, or anything with ``blocks`` and ``swap_tier``.
+        swap_folder: for the disk tier: a folder with room for the swapped bytes.
+        swap_limit_bytes: the most that the swap tier may hold at once.
+
+    Returns:
+        A handle: ``with memopt.apply(model, plan): ...``, or ``handle.remove()``.
+
+    Raises:
+        TypeError: not a plan.
+        PlanMismatchError: (a ValueError) the model lacks a block of the plan or is planned already; nothing is applied.
+            The first call of a block raises it too when operations or sizes differ; the plan is then taken off.
+        UnsupportedBlockError: (a ValueError) a block is compiled or scripted; nothing is applied.
+    """
+    if missing := missing_fields(plan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__} without {' and '.join(missing)}; give what memopt.plan returned"
+        )
+    return Handle(model, plan, swap_folder, swap_limit_bytes)

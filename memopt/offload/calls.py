@@ -1,0 +1,152 @@
+"""One execution of a planned block: what is saved, and what becomes of each saved storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from memopt.offload.actions import Saver, saver
+from memopt.offload.cones import Needs, needs_of
+from memopt.offload.handles import Dropped, Kept, Piece
+from memopt.offload.recording import Recorder
+from memopt.offload.session import Origin, Sessions
+from memopt.offload.template import Kind, Template
+from memopt.offload.tiers import Tier
+from memopt.planner.values import Action, StorageAction
+
+
+class Policy:
+    """The actions of one block call, ready to be looked up by saved storage.
+
+    Args:
+        actions: from the plan, by saved-storage index; what is not named is kept.
+        tier: where swapped storages go.
+    """
+
+    def __init__(self, actions: Mapping[int, StorageAction], tier: Tier) -> None:
+        self.actions = dict(actions)
+        self.tier = tier
+        self._savers = {index: saver(action) for index, action in self.actions.items()}
+        self._keep = saver(StorageAction(-1, 0, Action.KEEP))
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether anything is dropped."""
+        return any(found.drops for found in self._savers.values())
+
+    def saver(self, index: int) -> Saver:
+        """What saves the storage of this index."""
+        return self._savers.get(index, self._keep)
+
+    def compile(self, template: Template) -> Compiled:
+        """Everything that later calls need, by saved tensor."""
+        dropped = {
+            index
+            for index, found in self._savers.items()
+            if found.drops and index < len(template.saved) and template.kinds[template.saved[index]] is Kind.MADE
+        }
+        feeding = {index for index in range(len(template.saved)) if self.saver(index).exact} - dropped
+        needs = needs_of(template, dropped, feeding)
+        savers = []
+        for pack in template.packs:
+            made = pack.saved >= 0 and template.kinds[template.saved[pack.saved]] is Kind.MADE
+            savers.append(self.saver(pack.saved) if made else self._keep)
+        return Compiled(template, needs, tuple(savers), tuple(pack.saved for pack in template.packs))
+
+
+class Compiled:
+    """A template together with what a policy makes of it."""
+
+    __slots__ = ("idle", "needs", "savers", "storages", "template")
+
+    def __init__(self, template: Template, needs: Needs, savers: tuple[Saver, ...], storages: tuple[int, ...]) -> None:
+        self.template, self.needs, self.savers, self.storages = template, needs, savers, storages
+        self.idle = all(found.passive for found in savers)
+
+
+class Call:
+    """One execution of a block under a policy; lives in forward only.
+
+    What it made for autograd lives on; of those objects only ``Dropped`` ones hold on to the call's origin.
+    """
+
+    def __init__(self, origin: Origin, policy: Policy, compiled: Compiled | None) -> None:
+        self.where, self.policy, self.compiled = origin.where, policy, compiled
+        self.sessions = Sessions(origin) if (compiled is None or compiled.needs.last_pack >= 0) else None
+        self.stored: dict[int, Any] = {}
+        self.handles: list[Any] = []
+        self.recorder: Recorder | None = None
+        self._savers: tuple[Saver, ...] = () if compiled is None else compiled.savers
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Saved-tensor hook: what autograd gets to hold."""
+        number = len(self.handles)
+        if self.recorder is not None:
+            handle = self._first_pack(number, tensor)
+        elif number < len(self._savers):
+            handle = self._savers[number].save(self, number, tensor)
+        else:
+            handle = Kept(tensor, self.where)
+        self.handles.append(handle)
+        return handle
+
+    def storage_of(self, number: int) -> int:
+        """Which of the saved storages a saved tensor lies over, as far as is known by now."""
+        if self.recorder is not None:
+            return self.recorder.template.packs[number].saved
+        assert self.compiled is not None
+        return self.compiled.storages[number]
+
+    def _first_pack(self, number: int, tensor: Tensor) -> Any:
+        assert self.recorder is not None
+        index = self.recorder.packed(tensor)
+        template = self.recorder.template
+        if index < 0 or template.kinds[template.saved[index]] is not Kind.MADE:
+            return Kept(tensor, self.where)
+        return self.policy.saver(index).save(self, number, tensor)
+
+    def leave(self, compiled: Compiled) -> None:
+        """Forward is over: tie what will be recomputed to what it will be recomputed from."""
+        sessions, needs = self.sessions, compiled.needs
+        if sessions is not None and needs.last_pack >= 0:
+            sessions.template, sessions.needs = compiled.template, needs
+            handles = self.handles
+            first = {compiled.storages[n]: handles[n] for n in needs.source_packs if n < len(handles)}
+            for number, handle in enumerate(handles):
+                if isinstance(handle, Dropped):
+                    sessions.dropped.append(ref(handle))
+                    index = compiled.storages[number] if number < len(compiled.storages) else -1
+                    handle.sources = [first[s] for s in needs.sources.get(index, ()) if s in first]
+            sessions.sources = {
+                n: ref(handles[n])
+                for n in needs.source_packs
+                if n < len(handles) and isinstance(handles[n], (Kept, Piece))
+            }
+            sessions.origin.left()
+        self.handles, self.stored, self.sessions, self.recorder = [], {}, None, None
+
+
+def unpack(handle: Any) -> Tensor:
+    """Saved-tensor hook: the tensor for backward.
+
+    Raises:
+        RuntimeError: the backward is itself recorded (``create_graph=True``).
+    """
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+        where = getattr(handle, "where", None) or _where(handle)
+        raise RuntimeError(
+            f"block {where} runs under a memopt plan, which cannot be differentiated twice (create_graph=True): take "
+            "the plan off with handle.remove() before the forward of such a step"
+        )
+    found: Tensor = handle.unpack()
+    return found
+
+
+def _where(handle: Any) -> str:
+    if isinstance(handle, Dropped):
+        return handle.sessions.origin.where
+    return str(handle.stored.where)

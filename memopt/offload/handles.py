@@ -1,0 +1,115 @@
+"""What autograd holds instead of a saved tensor: small objects that give it back.
+
+All of them live exactly as long as autograd wants the saved tensor, so that whatever a plan holds for a tensor is freed
+with it, in normal backward and after an exception alike. None of them refers to the call's inputs unless it must
+recompute.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memopt.offload.template import Layout
+
+if TYPE_CHECKING:
+    from memopt.offload.session import Sessions
+
+
+def changed_in_place(where: str, tensor: Tensor, version: int) -> RuntimeError:
+    """The error that autograd itself would raise; it does not check versions where hooks are used."""
+    return RuntimeError(
+        f"one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
+        f"shape {tuple(tensor.shape)} that block {where} saved is at version {tensor._version}; expected version "
+        f"{version}"
+    )
+
+
+class Kept:
+    """The tensor itself."""
+
+    __slots__ = ("__weakref__", "tensor", "version", "where")
+
+    def __init__(self, tensor: Tensor, where: str) -> None:
+        self.tensor, self.version, self.where = tensor, tensor._version, where
+
+    def unpack(self) -> Tensor:
+        """The tensor, unless it has been overwritten."""
+        if self.tensor._version != self.version:
+            raise changed_in_place(self.where, self.tensor, self.version)
+        return self.tensor
+
+
+class Stored:
+    """A storage that is somewhere else between forward and backward, in whole; shared by the tensors over it.
+
+    Subclasses set ``where`` and implement ``fetch``: a flat uint8 tensor of the storage's bytes, on its own device.
+    The fetched storage is held until every tensor over it has been handed out, then by whoever uses them alone.
+    """
+
+    def __init__(self, tensor: Tensor, where: str) -> None:
+        self.where = where
+        self.bytes = tensor.untyped_storage().nbytes()
+        self.device = tensor.device
+        self._identity = StorageWeakRef(tensor.untyped_storage())
+        self._flat: Tensor | None = None
+        self._handed: set[int] = set()
+        self.pieces = 0
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether this is the storage of a tensor."""
+        return bool(self._identity.cdata == tensor.untyped_storage()._cdata)
+
+    def fetch(self) -> Tensor:
+        """Bring the bytes back."""
+        raise NotImplementedError
+
+    def flat(self) -> Tensor:
+        """The storage's bytes; fetched at the first call."""
+        if self._flat is None:
+            self._flat = self.fetch()
+        return self._flat
+
+    def hand_out(self, piece: int) -> Tensor:
+        """The bytes for one of the tensors; after the last one they are no longer held here."""
+        flat = self.flat()
+        self._handed.add(piece)
+        if len(self._handed) == self.pieces:
+            self._flat = None
+            self._handed.clear()
+        return flat
+
+
+class Piece:
+    """A tensor over a stored storage."""
+
+    __slots__ = ("__weakref__", "layout", "number", "stored")
+
+    def __init__(self, stored: Stored, tensor: Tensor) -> None:
+        self.stored, self.layout, self.number = stored, Layout.of(tensor), stored.pieces
+        stored.pieces += 1
+
+    def unpack(self) -> Tensor:
+        """The tensor over the storage, brought back."""
+        return self.layout.over(_typed(self.stored.hand_out(self.number), self.layout.dtype))
+
+
+def _typed(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    return flat if flat.dtype == dtype else flat.view(dtype)
+
+
+class Dropped:
+    """A tensor that a replay of its block brings back; ``sources`` keeps alive what the replay will read."""
+
+    __slots__ = ("__weakref__", "layout", "number", "sessions", "sources")
+
+    def __init__(self, tensor: Tensor, number: int, sessions: Sessions) -> None:
+        self.layout, self.number, self.sessions = Layout.of(tensor), number, sessions
+        self.sources: list[Any] = []
+
+    def unpack(self) -> Tensor:
+        """The tensor, from the block's replay."""
+        return self.sessions.unpack(self.number, self.layout)

@@ -1,0 +1,156 @@
+"""The forward of a planned block: runs the block's own, with the plan's saved-tensor hooks around it."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from memopt.offload.ambient import autocast, random_states
+from memopt.offload.calls import Call, Compiled, Policy, unpack
+from memopt.offload.checking import check_call
+from memopt.offload.recording import Recorder, copy_of_storage
+from memopt.offload.replaying import replaying
+from memopt.offload.session import Origin
+from memopt.offload.template import Kind
+from memopt.planner.values import BlockPlan
+
+if TYPE_CHECKING:
+    from memopt.offload.applying import Handle
+
+_MAX_VARIANTS = 64
+
+
+class PlannedForward:
+    """Stands in a block's ``forward`` attribute while a plan is applied.
+
+    Args:
+        block: the module.
+        path: its name in the model.
+        plans: for each call in a step, the plan's part and its policy; calls beyond them begin again.
+        handle: the applied plan.
+    """
+
+    def __init__(
+        self, block: nn.Module, path: str, plans: list[tuple[BlockPlan, Policy] | None], handle: Handle
+    ) -> None:
+        self.block, self.path, self.plans, self.handle = block, path, plans, handle
+        self.own: Callable[..., Any] = block.forward
+        self.was_attribute = "forward" in block.__dict__
+        self.calls = 0
+        self._variants: list[dict[Any, Compiled]] = [{} for _ in plans]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if replaying():
+            # Inside the replay of an outer block: what this block saves is its own affair.
+            with saved_tensors_hooks(_nothing, _nothing):
+                return self.own(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.own(*args, **kwargs)
+        number = self.calls % len(self.plans)
+        if torch._C._current_graph_task_id() == -1:
+            self.calls += 1
+        planned = self.plans[number]
+        if planned is None:
+            return self.own(*args, **kwargs)
+        variants = self._variants[number]
+        key = (self.block.training, *_shapes(args), *(_shapes(kwargs.values()) if kwargs else ()))
+        compiled = variants.get(key)
+        if compiled is None:
+            return self._first(number, key, planned, args, kwargs)
+        if compiled.idle:
+            return self.own(*args, **kwargs)
+        origin = Origin(self.block, self._where(number), self.own, args, kwargs)
+        call = Call(origin, planned[1], compiled)
+        if compiled.needs.random:
+            origin.generators = compiled.template.generators
+            origin.states = random_states(origin.generators)
+        if compiled.needs.copies:
+            self._copy(origin, compiled)
+        with saved_tensors_hooks(call.pack, unpack):
+            output = self.own(*args, **kwargs)
+        if len(call.handles) != len(compiled.storages):
+            # It did something else than when it was recorded (a branch, a frozen parameter): look again next time.
+            variants.pop(key, None)
+        call.leave(compiled)
+        return output
+
+    def _first(
+        self, number: int, key: Any, planned: tuple[BlockPlan, Policy], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The first call of a kind: recorded while it runs, and checked against the plan."""
+        plan, policy = planned
+        origin = Origin(self.block, self._where(number), self.own, args, kwargs)
+        call = Call(origin, policy, None)
+        recorder = call.recorder = Recorder(self._known(origin), keep_copies=policy.recomputes)
+        with autocast(origin.autocast), saved_tensors_hooks(call.pack, unpack), recorder:
+            output = self.own(*args, **kwargs)
+        template = recorder.finish()
+        variants = self._variants[number]
+        try:
+            check_call(plan, template, first=not variants)
+        except ValueError:
+            self.handle.remove()
+            raise
+        compiled = policy.compile(template)
+        origin.generators = template.generators
+        origin.states = [recorder.generator_states[id(g)] for g in template.generators]
+        origin.copies = {s: c for s, c in recorder.copies.items() if s in compiled.needs.copies}
+        if len(variants) < _MAX_VARIANTS:
+            variants[key] = compiled
+        call.leave(compiled)
+        return output
+
+    def _known(self, origin: Origin) -> list[tuple[Tensor, Kind, Any]]:
+        root = self.handle.model
+        known: list[tuple[Tensor, Kind, Any]] = [(p, Kind.PARAMETER, None) for p in self.block.parameters()]
+        known += [(b, Kind.BUFFER, ("buffer", name)) for name, b in self.block.named_buffers()]
+        known += [(p, Kind.PARAMETER, None) for p in root.parameters()]
+        known += [(b, Kind.BUFFER, None) for b in root.buffers()]
+        known += [(t, Kind.INPUT, ("input", n)) for n, t in enumerate(origin.inputs)]
+        return known
+
+    def _copy(self, origin: Origin, compiled: Compiled) -> None:
+        for storage in compiled.needs.copies:
+            kind, name = compiled.template.outside_names.get(storage) or ("", None)
+            if kind == "buffer":
+                origin.copies[storage] = copy_of_storage(self.block.get_buffer(name))
+            elif kind == "input":
+                origin.copies[storage] = copy_of_storage(origin.inputs[name])
+
+    def _where(self, number: int) -> str:
+        return f"{self.path!r}" if len(self.plans) == 1 else f"{self.path!r} (call {number})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model is not planned: its blocks run their own forward, on their own parameters."""
+        block = memo.get(id(self.block))
+        if block is None or self.was_attribute:
+            return copy.deepcopy(self.own, memo)
+        return types.MethodType(type(self.block).forward, block)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"block {self.path!r} runs under a memopt plan and cannot be pickled; save model.state_dict(), or take the "
+            "plan off first with handle.remove()"
+        )
+
+    def restore(self) -> None:
+        """Put the block's own forward back."""
+        if self.block.__dict__.get("forward") is self:
+            if self.was_attribute:
+                self.block.forward = self.own
+            else:
+                del self.block.forward
+
+
+def _shapes(values: Any) -> tuple[Any, ...]:
+    return tuple((v.shape, v.dtype, v.requires_grad) if isinstance(v, Tensor) else type(v) for v in values)
+
+
+def _nothing(value: Any) -> Any:
+    return None

@@ -1,0 +1,266 @@
+"""Recording a block call while it really runs, once, in the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memopt.offload.template import Kind, Layout, OpTemplate, Output, Pack, Template, Value
+from memopt.offload.trees import constants, operands
+from memopt.planner.signature import Entry, block_signature, describe
+
+# Batch norms that change the running statistics without saying so in their schema: positions of those arguments.
+_SILENT_WRITES = {
+    "aten::native_batch_norm": (3, 4, 5),
+    "aten::cudnn_batch_norm": (3, 4, 5),
+    "aten::miopen_batch_norm": (3, 4, 5),
+}
+# These change a tensor's shape in place, which a stand-in without data cannot follow.
+_RESHAPES = frozenset(
+    f"aten::{name}"
+    for name in (
+        "t_",
+        "transpose_",
+        "squeeze_",
+        "unsqueeze_",
+        "swapdims_",
+        "swapaxes_",
+        "resize_",
+        "resize_as_",
+        "set_",
+    )
+)
+_UNWRITTEN = frozenset(
+    {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+)
+# Return plain numbers that depend on shapes only; every other number that an operation returns depends on data.
+_SHAPE_ONLY = frozenset({"aten::_fused_sdp_choice", "aten::is_same_size", "aten::sym_size", "aten::sym_numel"})
+
+
+def written_positions(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+) -> tuple[int, ...]:
+    """Which operands an operation overwrites, by their place in ``operands(args, kwargs)``."""
+    name = func._schema.name
+    if name in _SILENT_WRITES:
+        first, second, training = _SILENT_WRITES[name]
+        changed = [args[first], args[second]] if len(args) > training and args[training] else []
+        changed = [tensor for tensor in changed if isinstance(tensor, Tensor)]
+    elif not func._schema.is_mutable:
+        return ()
+    else:
+        changed = []
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[place] if place < len(args) else kwargs.get(argument.name)
+                changed.extend(operands((value,), {}))
+    return tuple(n for n, tensor in enumerate(tensors) if any(tensor is other for other in changed))
+
+
+def needs_data(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether what comes out is a number, or has a shape, that depends on data."""
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func._schema.name == "aten::index":
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return True
+
+
+class Recorder(TorchDispatchMode):
+    """Follows the operations of one block call and builds its template.
+
+    Args:
+        known: storages that are parameters, buffers or inputs: (tensor, kind, name) each.
+        keep_copies: copy every outside storage before the block overwrites it, for a replay to start from.
+    """
+
+    def __init__(self, known: Iterable[tuple[Tensor, Kind, Any]], keep_copies: bool) -> None:
+        super().__init__()
+        self.template = Template()
+        self.copies: dict[int, Tensor] = {}
+        self._keep_copies = keep_copies
+        self._numbers: dict[int, tuple[int, StorageWeakRef]] = {}
+        self._unwritten: set[Value] = set()
+        self._entries: list[Entry | None] = []
+        self._generators: dict[int, torch.Generator] = {}
+        self.generator_states: dict[int, Tensor] = {}
+        for tensor, kind, name in known:
+            storage = self.number(tensor, kind)
+            if storage is not None and kind is not Kind.PARAMETER:
+                self.template.outside_names.setdefault(storage, name)
+
+    def number(self, tensor: Tensor, kind: Kind = Kind.OUTSIDE) -> int | None:
+        """The number of a tensor's storage within the call; None where a tensor has no storage of its own."""
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):
+            self.template.opaque = self.template.opaque or f"a tensor of layout {tensor.layout}"
+            return None
+        key = storage._cdata
+        if key not in self._numbers:
+            # The weak reference keeps the address from being given to another storage.
+            self._numbers[key] = (len(self.template.kinds), StorageWeakRef(storage))
+            self.template.kinds.append(kind)
+            self.template.sizes.append(storage.nbytes())
+            self.template.versions.append(0)
+        return self._numbers[key][0]
+
+    def value(self, tensor: Tensor) -> Value:
+        """The storage of a tensor and how often it has been written by now; (-1, 0) where it has none."""
+        number = self.number(tensor)
+        return (-1, 0) if number is None else (number, self.template.versions[number])
+
+    def packed(self, tensor: Tensor) -> int:
+        """Notes a saved tensor; returns the index of its storage among the saved ones, -1 where it has none."""
+        value = self.value(tensor)
+        saved = -1
+        if value[0] >= 0 and self.template.kinds[value[0]] in (Kind.MADE, Kind.OUTSIDE):
+            if value[0] not in self.template.saved:
+                self.template.saved.append(value[0])
+            saved = self.template.saved.index(value[0])
+        self.template.packs.append(Pack(value, saved))
+        if value in self._unwritten:
+            self.template.opaque = self.template.opaque or "a kernel that writes behind PyTorch's back"
+        return saved
+
+    def finish(self) -> Template:
+        """The template, once the call is over."""
+        self.template.signature = block_signature(self._entries)
+        self.template.generators = tuple(self._generators.values())
+        self._numbers.clear()
+        return self.template
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = operands(args, kwargs)
+        written = written_positions(func, args, kwargs, tensors)
+        reads = tuple(self.value(tensor) for tensor in tensors)
+        # Before it runs: an operation in place may change these.
+        shapes = tuple((t.shape, _strides(t), t.dtype) for t in tensors)
+        for position in written:
+            self._about_to_write(reads[position], tensors[position])
+        draws = self._draws_from(func, args, kwargs, tensors)
+        before = draws.get_state() if draws is not None else None
+        output = func(*args, **kwargs)
+        random, offset = self._drawn(draws, before)
+        for storage in dict.fromkeys(reads[position][0] for position in written):
+            if storage >= 0:
+                self.template.versions[storage] += 1
+        self._note(func, args, kwargs, tensors, reads, shapes, written, output, random, offset)
+        return output
+
+    def _about_to_write(self, value: Value, tensor: Tensor) -> None:
+        kind = self.template.kinds[value[0]] if value[0] >= 0 else Kind.MADE
+        if kind is not Kind.MADE and value[1] == 0 and self._keep_copies and value[0] not in self.copies:
+            self.copies[value[0]] = copy_of_storage(tensor)
+
+    def _draws_from(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> torch.Generator | None:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return None
+        generator = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Generator)), None)
+        if generator is None:
+            device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+            cuda = device.type == "cuda"
+            generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
+        if id(generator) not in self._generators:
+            self._generators[id(generator)] = generator
+            self.generator_states[id(generator)] = generator.get_state()
+        return generator
+
+    @staticmethod
+    def _drawn(generator: torch.Generator | None, before: Tensor | None) -> tuple[bool, int]:
+        if generator is None or before is None:
+            return False, 0
+        after = generator.get_state()
+        if torch.equal(before, after):
+            return False, 0
+        offset = 0
+        if generator.device.type == "cuda":
+            now = generator.get_offset()
+            generator.set_state(before)
+            offset = now - generator.get_offset()
+            generator.set_state(after)
+        return True, offset
+
+    def _note(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        reads: tuple[Value, ...],
+        shapes: Any,
+        written: tuple[int, ...],
+        output: Any,
+        random: bool,
+        offset: int,
+    ) -> None:
+        name = func._schema.name
+        self._entries.append(describe(name, output))
+        items = output if isinstance(output, (tuple, list)) else (output,)
+        outputs = tuple(self._output(item, tensors, reads) for item in items)
+        versions = self.template.versions
+        made = [self.value(item) for item, o in zip(items, outputs, strict=True) if o.fresh]
+        made += [(reads[p][0], versions[reads[p][0]]) for p in written if reads[p][0] >= 0]
+        if name in _UNWRITTEN:
+            self._unwritten.update(made)
+        elif any(read in self._unwritten for n, read in enumerate(reads) if n not in written) and any(
+            o.fresh or o.constant is not None for o in outputs
+        ):
+            self.template.opaque = self.template.opaque or "a kernel that writes behind PyTorch's back"
+        if name in _RESHAPES:
+            self.template.opaque = (
+                self.template.opaque or f"{name.removeprefix('aten::')} changes a tensor's shape in place"
+            )
+        for item in items:
+            if isinstance(item, Tensor) and (item.is_conj() or item.is_neg()):
+                self.template.opaque = self.template.opaque or "a lazily conjugated or negated tensor"
+        forced = needs_data(func, args) or (
+            any(not isinstance(item, Tensor) and item is not None for item in items) and name not in _SHAPE_ONLY
+        )
+        consts = constants(args, kwargs, floats=not tensors)
+        container = type(output) if isinstance(output, (tuple, list)) else None
+        self.template.ops.append(
+            OpTemplate(func, shapes, consts, reads, outputs, container, tuple(made), written, random, offset, forced)
+        )
+
+    def _output(self, item: Any, tensors: list[Tensor], reads: tuple[Value, ...]) -> Output:
+        if not isinstance(item, Tensor):
+            return Output(constant=item)
+        for position, tensor in enumerate(tensors):
+            if item is tensor:
+                return Output(position=position, same_object=True)
+        known = len(self.template.kinds)
+        number = self.number(item, Kind.MADE)
+        if number is None:
+            return Output()
+        layout = Layout.of(item)
+        if number < known:
+            for position, read in enumerate(reads):
+                if read[0] == number:
+                    return Output(position=position, layout=layout)
+            # Shares a storage with something that is no operand: an earlier output of the same operation, say.
+            self.template.opaque = self.template.opaque or "an operation whose outputs share a storage"
+        return Output(fresh=True, layout=layout)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(tensor.stride())
+    except RuntimeError:
+        return ()
+
+
+def copy_of_storage(tensor: Tensor) -> Tensor:
+    """A tensor of the same layout over a copy of the whole storage."""
+    storage = tensor.untyped_storage()
+    flat = torch.empty(storage.nbytes(), dtype=torch.uint8, device=tensor.device)
+    flat.untyped_storage().copy_(storage)
+    return Layout.of(tensor).over(flat)

@@ -1,0 +1,258 @@
+"""Replaying a block in backward: its own Python code runs again, on stand-ins, and only notes what it would do.
+
+The code runs as in forward (same inputs, autocast, training mode), so that whatever it reads from its surroundings is
+honoured, but each operation that matches the template only goes onto a tape. Afterwards every dropped value is computed
+from the tape when backward asks for it. An operation that needs data (``item``, a mask) is computed at once; from the
+first operation that does not match the template on, all of them are.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memopt.offload.ambient import no_autocast
+from memopt.offload.errors import ReplayError
+from memopt.offload.recording import written_positions
+from memopt.offload.standin import StandIn, stand_in
+from memopt.offload.tape import Chain, Key, Node, Tape
+from memopt.offload.template import Layout, OpTemplate, Template
+from memopt.offload.trees import constants, operands, with_operands
+
+_local = threading.local()
+
+
+def replaying() -> bool:
+    """Whether this thread is inside the replay of a block."""
+    return getattr(_local, "depth", 0) > 0
+
+
+@functools.cache
+def is_view(func: Any) -> bool:
+    """Whether an operator only gives other names to its first operand's storage."""
+    returns = func._schema.returns
+    return bool(returns) and not func._schema.is_mutable and all(r.alias_info is not None for r in returns)
+
+
+def view_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+    """The view of a stand-in, worked out without data."""
+    base = next(tensor for tensor in tensors if isinstance(tensor, StandIn))
+    reach = sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))
+    flat = torch.empty(base.storage_offset() + reach + 1, dtype=base.dtype, device="meta")
+    bare = flat.as_strided(base.shape, base.stride(), base.storage_offset())
+    new_args, new_kwargs = with_operands(args, kwargs, [bare if t is base else t for t in tensors])
+    output = func(*new_args, **new_kwargs)
+
+    def one(item: Tensor) -> Tensor:
+        return stand_in(replace(Layout.of(item), device=base.device), base.chain)
+
+    return type(output)(one(item) for item in output) if isinstance(output, (tuple, list)) else one(output)
+
+
+class Reached(BaseException):
+    """The last saved tensor that matters has been met; not an ``Exception``, so that blocks do not catch it."""
+
+
+class Seen:
+    """One saved tensor of the replay: a value of the tape, or a real tensor."""
+
+    __slots__ = ("key", "layout", "tensor")
+
+    def __init__(self, tensor: Tensor, wanted: bool) -> None:
+        self.layout = Layout.of(tensor)
+        self.key: Key | None = None
+        self.tensor: Tensor | None = None
+        if isinstance(tensor, StandIn):
+            self.key = (tensor.chain, tensor.chain.version)
+        elif wanted:
+            self.tensor = tensor
+
+
+class Replayer(TorchDispatchMode):
+    """The mode under which a block's forward runs again.
+
+    Args:
+        template: the call as it was recorded.
+        tape: takes the operations.
+        last_pack: the saved tensor after which to stop.
+        wanted: the saved tensors, by number, that backward may ask for.
+        eager: compute everything at once, from the first operation on.
+        outside: the tensors that the block may read but, beyond what the template says, not overwrite.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        tape: Tape,
+        last_pack: int,
+        wanted: set[int],
+        eager: bool,
+        outside: Callable[[], Iterable[Tensor]],
+    ) -> None:
+        super().__init__()
+        self._wanted = wanted
+        self._outside = outside
+        self.template, self.tape, self.last_pack, self.eager = template, tape, last_pack, eager
+        self.seen: list[Seen] = []
+        self._position = 0
+        self._ordinal = 0
+        self._pretending = False
+
+    def __enter__(self) -> Any:
+        _local.depth = getattr(_local, "depth", 0) + 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _local.depth -= 1
+        super().__exit__(*error)
+
+    def input_over(self, layout: Layout, chain: Chain, requires_grad: bool) -> Tensor:
+        """A stand-in to pass to the block, not a leaf where it requires gradients: the block may overwrite it."""
+        made: Tensor = stand_in(layout, chain)
+        if requires_grad:
+            self._pretending = True
+            with self:
+                made = made.requires_grad_().clone()
+            self._pretending = False
+        return made
+
+    def pack(self, tensor: Tensor) -> None:
+        """Saved-tensor hook of the replay; nothing is saved."""
+        self.seen.append(Seen(tensor, len(self.seen) in self._wanted))
+        if len(self.seen) > self.last_pack:
+            raise Reached
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._pretending:
+            return stand_in(Layout.of(args[0]), args[0].chain)
+        tensors = operands(args, kwargs)
+        known = self._known(func, args, kwargs, tensors)
+        if known is None and not self.eager and is_view(func) and any(isinstance(t, StandIn) for t in tensors):
+            # Autograd makes views again, where stand-ins leave it no other way to follow a write to a view.
+            return view_of(func, args, kwargs, tensors)
+        self._position += 1
+        if known is None:
+            self.eager = True
+            return self._now(func, args, kwargs, tensors, None)
+        if known.forced:
+            return self._now(func, args, kwargs, tensors, known)
+        return self._later(func, args, kwargs, tensors, known)
+
+    def _known(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> OpTemplate | None:
+        if self.eager or self._position >= len(self.template.ops):
+            return None
+        known = self.template.ops[self._position]
+        if known.func is not func or len(tensors) != len(known.shapes):
+            return None
+        for tensor, (shape, stride, dtype) in zip(tensors, known.shapes, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.stride() != stride:
+                return None
+        if constants(args, kwargs, floats=not tensors) != known.constants:
+            return None
+        return known
+
+    def _node(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        written: tuple[int, ...],
+        fresh: list[tuple[int, Chain]],
+        random: bool,
+    ) -> Node:
+        reads: list[Key | None] = [(t.chain, t.chain.version) if isinstance(t, StandIn) else None for t in tensors]
+        changed: list[tuple[int, Chain, int]] = []
+        for position in written:
+            tensor = tensors[position]
+            if all(chain is not tensor.chain for _, chain, _ in changed):
+                tensor.chain.version += 1
+                changed.append((position, tensor.chain, tensor.chain.version))
+        ordinal = None
+        if random:
+            ordinal, self._ordinal = self._ordinal, self._ordinal + 1
+        node = Node(func, args, kwargs, tensors, reads, fresh, changed, ordinal)
+        self.tape.add(node)
+        return node
+
+    def _later(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], known: OpTemplate) -> Any:
+        fresh: list[tuple[int, Chain]] = []
+        outputs: list[Any] = []
+        for place, output in enumerate(known.outputs):
+            if output.layout is None:
+                outputs.append(tensors[output.position] if output.position is not None else output.constant)
+            elif output.fresh:
+                chain = Chain()
+                fresh.append((place, chain))
+                outputs.append(stand_in(output.layout, chain))
+            else:
+                base = tensors[output.position or 0]
+                if not isinstance(base, StandIn):
+                    # Another name for a real tensor costs nothing.
+                    return func(*args, **kwargs)
+                outputs.append(stand_in(output.layout, base.chain))
+        if fresh or known.written:
+            self._node(func, args, kwargs, tensors, known.written, fresh, known.random)
+        if known.container is None:
+            return outputs[0]
+        return outputs if known.container is list else tuple(outputs)
+
+    def _now(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], known: OpTemplate | None) -> Any:
+        """Compute an operation at once; its fresh outputs are real tensors from here on."""
+        written = written_positions(func, args, kwargs, tensors)
+        self._guard(func, [tensors[p] for p in written if not isinstance(tensors[p], StandIn)])
+        random = known.random if known else torch.Tag.nondeterministic_seeded in func.tags
+        stand_ins = any(isinstance(tensor, StandIn) for tensor in tensors)
+        with no_autocast():
+            if not stand_ins and not random:
+                return func(*args, **kwargs)
+            real_writes = tuple(p for p in written if isinstance(tensors[p], StandIn))
+            node = self._node(func, args, kwargs, tensors, real_writes, [], random)
+            output = self.tape.run(len(self.tape.nodes) - 1)
+        node.tensors, node.args, node.kwargs = (node.tensors, node.args, node.kwargs) if real_writes else ([], (), {})
+        return self._as_given(output, tensors, node)
+
+    def _guard(self, func: Any, written: list[Tensor]) -> None:
+        """Refuse to overwrite what belongs to the outside; forward has done so once already."""
+        if written:
+            theirs = {tensor.untyped_storage()._cdata for tensor in self._outside()}
+            for tensor in written:
+                if tensor.untyped_storage()._cdata in theirs:
+                    raise ReplayError(
+                        f"{func} would overwrite a tensor of shape {tuple(tensor.shape)} from outside the block a second "
+                        "time, which it did not do when the block first ran"
+                    )
+
+    @staticmethod
+    def _as_given(output: Any, tensors: list[Tensor], node: Node) -> Any:
+        """Outputs that are, or lie over, a stand-in's storage must stay stand-ins: their chains know the writes."""
+        chains = {}
+        for tensor in tensors:
+            if isinstance(tensor, StandIn):
+                for version, value in tensor.chain.values.items():
+                    if version == tensor.chain.version:
+                        chains[value.untyped_storage()._cdata] = tensor
+
+        def one(item: Any) -> Any:
+            if not isinstance(item, Tensor):
+                return item
+            owner = chains.get(item.untyped_storage()._cdata)
+            if owner is None:
+                return item
+            layout = Layout.of(item)
+            for position, tensor in enumerate(tensors):
+                if any(position == p for p, _, _ in node.written) and Layout.of(tensor) == layout:
+                    return tensor
+            return stand_in(layout, owner.chain)
+
+        if isinstance(output, (tuple, list)):
+            return type(output)(one(item) for item in output)
+        return one(output)

@@ -1,0 +1,234 @@
+"""One block call's replays: when they start, what they start from, and when their values die."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from memopt.offload.ambient import Autocast, Generators, attributes_restored, autocast, autocast_state, no_autocast
+from memopt.offload.cones import Needs
+from memopt.offload.draws import Draws
+from memopt.offload.errors import ReplayError
+from memopt.offload.handles import Dropped, Kept, Piece, changed_in_place
+from memopt.offload.replaying import Reached, Replayer, Seen
+from memopt.offload.tape import Chain, Tape
+from memopt.offload.template import Kind, Layout, Template
+from memopt.offload.trees import map_tensors, tensors_in
+
+
+class Origin:
+    """What a block call started from, so that its code can run again.
+
+    Attributes:
+        args, kwargs: the inputs themselves, held until nothing is left to recompute.
+        copies: outside storages as they were before the call overwrote them, by storage number.
+    """
+
+    def __init__(self, block: nn.Module, where: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.block, self.where, self.forward, self.args, self.kwargs = block, where, forward, args, kwargs
+        self.training = block.training
+        self.inputs = [tensor for tensor in tensors_in((args, kwargs)) if type(tensor) in (Tensor, nn.Parameter)]
+        device = self.inputs[0].device.type if self.inputs else "cpu"
+        self.autocast: Autocast = autocast_state(device)
+        self.generators: Generators = ()
+        self.states: list[Tensor] | None = None
+        self.copies: dict[int, Tensor] = {}
+        self.versions: list[int] = []
+        self.parameter_version = 0
+
+    def left(self) -> None:
+        """Forward is over: from here on the inputs must not change."""
+        self.versions = [tensor._version for tensor in self.inputs]
+        self.parameter_version = self._parameters()
+
+    def _parameters(self) -> int:
+        return sum(parameter._version for parameter in self.block.parameters())
+
+    def check(self) -> None:
+        """Refuse to replay from inputs or parameters that were overwritten since.
+
+        Raises:
+            RuntimeError: as autograd would.
+        """
+        for tensor, version in zip(self.inputs, self.versions, strict=True):
+            if tensor._version != version:
+                raise changed_in_place(self.where, tensor, version)
+        if self._parameters() != self.parameter_version:
+            raise RuntimeError(
+                f"a parameter of block {self.where} has been modified by an inplace operation between its forward and "
+                "its backward; the plan recomputes values from it"
+            )
+
+
+class Sessions:
+    """The replays of one block call: one for each time that backward runs through it.
+
+    Args:
+        origin: where the call started.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.template: Template | None = None
+        self.needs = Needs()
+        self.dropped: list[ref[Dropped]] = []
+        self.sources: dict[int, ref[Kept] | ref[Piece]] = {}
+        self._lock = threading.RLock()
+        self._tape: Tape | None = None
+        self._seen: list[Seen] = []
+        self._waiting: set[int] = set()
+
+    def unpack(self, number: int, expected: Layout) -> Tensor:
+        """The value of a dropped saved tensor, by its number in the call."""
+        with self._lock, torch.no_grad(), no_autocast():
+            if number not in self._waiting:
+                self._close()
+            if self._tape is None:
+                self._replay()
+            assert self._tape is not None
+            seen = self._seen[number] if number < len(self._seen) else None
+            if seen is None or seen.layout != expected:
+                where, found = self.origin.where, "nothing" if seen is None else f"{seen.layout}"
+                self._close()
+                raise ReplayError(
+                    f"block {where} saved {expected} as its tensor {number} in forward, and {found} in its replay: its "
+                    "forward depends on something that changes between calls; keep it out of the plan"
+                )
+            try:
+                return self._value(number, seen)
+            except BaseException:
+                self._close()
+                raise
+
+    def _value(self, number: int, seen: Seen) -> Tensor:
+        assert self._tape is not None
+        if seen.key is None:
+            assert seen.tensor is not None
+            value = seen.tensor.detach()
+        else:
+            try:
+                value = seen.layout.over(self._tape.get(seen.key))
+            except LookupError as error:
+                raise ReplayError(
+                    f"block {self.origin.where} cannot be replayed: its backward needs {error.args[0]}; it did something "
+                    "else when it first ran. Keep it out of the plan"
+                ) from error
+            self._tape.release(seen.key)
+        self._waiting.discard(number)
+        self._seen[number].tensor = None if seen.key is None else seen.tensor
+        if not self._waiting:
+            self._close()
+        return value
+
+    def _close(self) -> None:
+        if self._tape is not None:
+            self._tape.clear()
+        self._tape, self._seen, self._waiting = None, [], set()
+
+    def _replay(self) -> None:
+        assert self.template is not None
+        self.origin.check()
+        self._waiting = {d.number for r in self.dropped if (d := r()) is not None}
+        try:
+            self._run(eager=self.template.opaque is not None)
+        except Exception:
+            if self.template.opaque is not None:
+                raise
+            # Something looked at data behind the dispatcher: bring everything back the plain way.
+            self._run(eager=True)
+        assert self._tape is not None
+        self._supply()
+        wanted = [self._seen[n].key for n in sorted(self._waiting) if n < len(self._seen)]
+        self._tape.expect([key for key in wanted if key is not None])
+
+    def _supply(self) -> None:
+        """Tell the tape which values kept and swapped storages hold."""
+        for number, reference in self.sources.items():
+            handle = reference()
+            if handle is None or number >= len(self._seen):
+                continue
+            seen = self._seen[number]
+            if seen.key is not None and not seen.key[0].available(seen.key[1]):
+                chain, version = seen.key
+                if isinstance(handle, Kept):
+                    if Layout.of(handle.tensor).dtype == seen.layout.dtype:
+                        chain.loaders[version] = handle.unpack
+                else:
+                    chain.loaders[version] = _loader(handle)
+
+    def _run(self, eager: bool) -> None:
+        """Run the block's code on the tape."""
+        assert self.template is not None
+        origin, template = self.origin, self.template
+        tape = Tape(Draws(origin.generators, origin.states, [op.rng_offset for op in template.ops if op.random]))
+        replayer = Replayer(
+            template, tape, max(self.needs.last_pack, *self._waiting), self._waiting, eager, self._outside
+        )
+        self._tape, self._seen = tape, replayer.seen
+        args, kwargs = self._arguments(replayer)
+        with attributes_restored(origin.block, origin.training), autocast(origin.autocast), torch.enable_grad():
+            self._swap_buffers(replayer)
+            with replayer, saved_tensors_hooks(replayer.pack, _never):
+                try:
+                    origin.forward(*args, **kwargs)
+                except Reached:
+                    return
+
+    def _outside(self) -> list[Tensor]:
+        block = self.origin.block
+        return [*self.origin.inputs, *block.parameters(), *block.buffers()]
+
+    def _chain(self, storage: int, physical: Tensor) -> Chain:
+        """The chain of a storage that the call overwrote: its copy from before, and what it holds now."""
+        assert self.template is not None
+        chain, copy = Chain(), self.origin.copies.get(storage)
+        if copy is not None:
+            chain.values[0] = copy
+        if self.template.kinds[storage] is not Kind.BUFFER:
+            chain.loaders[self.template.versions[storage]] = lambda: physical
+        return chain
+
+    def _arguments(self, replayer: Replayer) -> tuple[Any, Any]:
+        """The inputs again: detached, and stand-ins where the call overwrites them."""
+        assert self.template is not None
+        chains: dict[int, Chain] = {}
+        for storage in self.template.mutated_outside():
+            kind, number = self.template.outside_names.get(storage, ("", 0))
+            if kind == "input":
+                tensor = self.origin.inputs[number]
+                chains[tensor.untyped_storage()._cdata] = self._chain(storage, tensor.detach())
+
+        def one(tensor: Tensor) -> Tensor:
+            chain = chains.get(tensor.untyped_storage()._cdata) if chains else None
+            if chain is not None:
+                return replayer.input_over(Layout.of(tensor), chain, tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
+        return map_tensors(one, self.origin.args), map_tensors(one, self.origin.kwargs)
+
+    def _swap_buffers(self, replayer: Replayer) -> None:
+        assert self.template is not None
+        for storage in self.template.mutated_outside():
+            kind, path = self.template.outside_names.get(storage, ("", ""))
+            if kind == "buffer":
+                owner, _, name = path.rpartition(".")
+                module = self.origin.block.get_submodule(owner)
+                buffer = module._buffers[name]
+                assert buffer is not None
+                module._buffers[name] = replayer.input_over(Layout.of(buffer), self._chain(storage, buffer), False)
+
+
+def _loader(piece: Piece) -> Callable[[], Tensor]:
+    return lambda: piece.layout.over(piece.stored.flat().view(piece.layout.dtype))
+
+
+def _never(value: Any) -> Tensor:
+    raise ReplayError("a block ran backward inside its own forward while it was being replayed")

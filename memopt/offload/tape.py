@@ -1,0 +1,211 @@
+"""A recorded stretch of operations whose results are computed when they are asked for, each at most once.
+
+Every storage is a chain of values, one per write. An operation in place takes over the buffer of the value before it
+when nobody else needs that value, and works on a copy otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.offload.draws import Draws
+from memopt.offload.recording import copy_of_storage
+from memopt.offload.template import Layout
+from memopt.offload.trees import with_operands
+
+
+class Chain:
+    """One storage during a replay: its values so far, and where each can come from.
+
+    Attributes:
+        version: writes so far.
+        producers: the node that makes each version.
+        values: tensors over the buffers that exist now, by version.
+        owned: versions whose buffer belongs to the replay alone.
+        loaders: versions that a kept or swapped storage supplies.
+    """
+
+    __slots__ = ("loaders", "owned", "producers", "values", "version")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.producers: dict[int, int] = {}
+        self.values: dict[int, Tensor] = {}
+        self.owned: set[int] = set()
+        self.loaders: dict[int, Callable[[], Tensor]] = {}
+
+    def available(self, version: int) -> bool:
+        """Whether a version is there without running anything."""
+        return version in self.values or version in self.loaders
+
+
+Key = tuple[Chain, int]
+
+
+class Node:
+    """One recorded operation: what it reads (None for real tensors), what it makes, in place or fresh."""
+
+    __slots__ = ("args", "done", "fresh", "func", "kwargs", "ordinal", "reads", "tensors", "written")
+
+    def __init__(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        reads: list[Key | None],
+        fresh: list[tuple[int, Chain]],
+        written: list[tuple[int, Chain, int]],
+        ordinal: int | None,
+    ) -> None:
+        self.func, self.args, self.kwargs, self.tensors, self.reads = func, args, kwargs, tensors, reads
+        self.fresh, self.written, self.ordinal = fresh, written, ordinal
+        self.done = False
+
+    def makes(self) -> Iterable[Key]:
+        """The values that it makes."""
+        for _, chain in self.fresh:
+            yield chain, 0
+        for _, chain, version in self.written:
+            yield chain, version
+
+
+class Tape:
+    """The operations of one replay.
+
+    Args:
+        draws: gives every random operation the state that it had in forward.
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        self.nodes: list[Node] = []
+        self.draws = draws
+        self._uses: defaultdict[Key, int] = defaultdict(int)
+        self._counted = False
+
+    def add(self, node: Node) -> None:
+        """Append an operation that has just been met."""
+        number = len(self.nodes)
+        self.nodes.append(node)
+        for chain, version in node.makes():
+            chain.producers[version] = number
+        if node.ordinal is not None:
+            self.draws.met(node.ordinal, number)
+
+    def expect(self, wanted: Iterable[Key]) -> None:
+        """Count, for every value that the wanted ones take, how often it will be used; each wanted one once more."""
+        self._counted = True
+        need = set()
+        for key in wanted:
+            self._uses[key] += 1
+            need.add(key)
+        for number in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[number]
+            if node.done or not any(key in need and not key[0].available(key[1]) for key in node.makes()):
+                continue
+            for read in node.reads:
+                if read is not None:
+                    self._uses[read] += 1
+                    need.add(read)
+        for node in self.nodes:
+            for key in node.makes():
+                self._drop_unused(key)
+
+    def get(self, key: Key) -> Tensor:
+        """A tensor over the value's buffer, computed now if need be."""
+        chain, version = key
+        if version not in chain.values:
+            if version in chain.loaders:
+                chain.values[version] = chain.loaders[version]()
+            else:
+                for number in self._missing(key):
+                    self.run(number)
+        return chain.values[version]
+
+    def release(self, key: Key) -> None:
+        """One use fewer; the last one frees the buffer."""
+        if self._counted:
+            self._uses[key] -= 1
+            self._drop_unused(key)
+
+    def _drop_unused(self, key: Key) -> None:
+        if self._counted and self._uses[key] <= 0:
+            key[0].values.pop(key[1], None)
+            key[0].owned.discard(key[1])
+
+    def _missing(self, key: Key) -> list[int]:
+        """The operations that must run for a value, in order."""
+        found: set[int] = set()
+        todo = [key]
+        while todo:
+            chain, version = todo.pop()
+            if chain.available(version):
+                continue
+            number = chain.producers.get(version)
+            if number is None:
+                raise LookupError("a value from before the block changed it, of which there is no copy")
+            if number not in found:
+                found.add(number)
+                todo.extend(read for read in self.nodes[number].reads if read is not None)
+        return sorted(found)
+
+    def run(self, number: int) -> Any:
+        """Run one operation, whose inputs are there or can be had; returns what the operator returned."""
+        node = self.nodes[number]
+        for position, chain, version in node.written:
+            self._take_over(node, position, chain, version)
+        real = [
+            tensor if read is None else Layout.of(tensor).over(self._input(node, read))
+            for tensor, read in zip(node.tensors, node.reads, strict=True)
+        ]
+        args, kwargs = with_operands(node.args, node.kwargs, real)
+        if node.ordinal is None:
+            output = node.func(*args, **kwargs)
+        else:
+            output = self.draws.run(node.ordinal, lambda: node.func(*args, **kwargs), self)
+        del real, args, kwargs
+        node.done = True
+        items = output if isinstance(output, (tuple, list)) else (output,)
+        for place, chain in node.fresh:
+            chain.values[0] = items[place]
+            chain.owned.add(0)
+        for read in node.reads:
+            if read is not None:
+                self.release(read)
+        for key in node.makes():
+            self._drop_unused(key)
+        return output
+
+    def _input(self, node: Node, read: Key) -> Tensor:
+        """The value that an operand has when the operation runs; what it overwrites is already the next version."""
+        for _, chain, version in node.written:
+            if read == (chain, version - 1):
+                return chain.values[version]
+        return self.get(read)
+
+    def _take_over(self, node: Node, position: int, chain: Chain, version: int) -> None:
+        """Turn the version before into the buffer that the operation will overwrite."""
+        if version in chain.values:
+            return
+        before = self.get((chain, version - 1))
+        mine = sum(read == (chain, version - 1) for read in node.reads)
+        free = self._counted and self._uses[chain, version - 1] <= mine and version - 1 in chain.owned
+        chain.values[version] = before if free else copy_of_storage(before)
+        chain.owned.add(version)
+        if free:
+            del chain.values[version - 1]
+            chain.owned.discard(version - 1)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        for node in self.nodes:
+            for chain, _ in node.makes():
+                chain.values.clear()
+                chain.loaders.clear()
+            node.tensors, node.args, node.kwargs, node.reads = [], (), {}, []
+        self.nodes.clear()

@@ -1,0 +1,117 @@
+"""What one block call does, as its first real execution showed it: operations, storages, saved tensors.
+
+A *value* is a storage at one write version. All numbers below count within the call: operations and saved tensors
+("packs") in the order in which they happened, storages in the order in which they were first seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+Value = tuple[int, int]
+
+
+class Kind(Enum):
+    """Where a storage of a block call comes from."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+    OUTSIDE = "outside"
+    MADE = "made"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies over its storage."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """The layout of a tensor."""
+        return cls(
+            tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype, tensor.device
+        )
+
+    def over(self, base: torch.Tensor) -> torch.Tensor:
+        """The tensor of this layout over the storage of ``base``; same bytes, exact strides."""
+        if base.dtype != self.dtype:
+            plain = torch.empty(0, dtype=self.dtype, device=base.device)
+            return plain.set_(base.untyped_storage(), self.offset, self.size, self.stride)  # type: ignore[call-overload]
+        if base.shape == self.size and base.stride() == self.stride and base.storage_offset() == self.offset:
+            return base
+        return base.as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of an operation: a fresh storage, another name for input ``position``'s, that input itself, or data."""
+
+    fresh: bool = False
+    position: int | None = None
+    same_object: bool = False
+    layout: Layout | None = None
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class OpTemplate:
+    """One operation as the first execution saw it."""
+
+    func: Any
+    shapes: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    constants: list[Any]
+    reads: tuple[Value, ...]
+    outputs: tuple[Output, ...]
+    container: type | None
+    made: tuple[Value, ...]
+    written: tuple[int, ...]
+    random: bool
+    rng_offset: int
+    forced: bool
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One saved tensor: the value, and which of the call's saved storages it is (-1: parameter, buffer or input)."""
+
+    value: Value
+    saved: int
+
+
+@dataclass
+class Template:
+    """Everything about one call of a block that its plan needs to know.
+
+    Attributes:
+        ops, kinds, sizes: the operations, and each storage's origin and bytes.
+        packs: the saved tensors; ``saved`` are the distinct saved storages, in order of first pack.
+        versions: how often each storage was written.
+        outside_names: for storages that are buffers or inputs, where they hang: ("buffer", path) or ("input", n).
+        opaque: a reason why values cannot be told apart; the block is then replayed as a whole.
+        generators: the random generators that the block draws from.
+    """
+
+    ops: list[OpTemplate] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    packs: list[Pack] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    outside_names: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    opaque: str | None = None
+    generators: tuple[torch.Generator, ...] = ()
+    signature: str = ""
+
+    def mutated_outside(self) -> list[int]:
+        """Storages from outside that the call writes."""
+        return [s for s, kind in enumerate(self.kinds) if kind is not Kind.MADE and self.versions[s] > 0]

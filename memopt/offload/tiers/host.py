@@ -1,0 +1,62 @@
+"""The host tier on the CPU: a plain copy in main memory.
+
+It frees nothing where tensors lie in main memory anyway; it exists for storages of other devices, for tests, and for
+plans that were made for a machine with an accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from memopt.offload.errors import SwapError
+from memopt.offload.tiers.tier import Slot, Tier
+
+
+class HostSlot(Slot):
+    """Bytes in main memory."""
+
+    def __init__(self, tier: HostTier, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._tier, self._device, self._bytes = tier, tensor.device, storage.nbytes()
+        if tier.limit_bytes is not None and tier.held_bytes + self._bytes > tier.limit_bytes:
+            raise SwapError(
+                f"swap tier host: {tier.held_bytes} bytes are held and {self._bytes} more would exceed its limit of "
+                f"{tier.limit_bytes} bytes; raise the limit, or plan with less swapping or with the disk tier"
+            )
+        self._copy = torch.UntypedStorage(self._bytes)
+        self._copy.copy_(storage)
+        tier.held_bytes += self._bytes
+        tier.moved_bytes += self._bytes
+
+    def get(self) -> Tensor:
+        """A new tensor of the bytes."""
+        flat = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
+        flat.untyped_storage().copy_(self._copy)
+        return flat
+
+    def __del__(self) -> None:
+        if hasattr(self, "_copy"):
+            self._tier.held_bytes -= self._bytes
+
+
+class HostTier(Tier):
+    """Plain copies."""
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        self.limit_bytes = limit_bytes
+
+    def put(self, tensor: Tensor) -> Slot:
+        """Copy the storage."""
+        return HostSlot(self, tensor)
+
+
+def open_tier(folder: str | os.PathLike[str] | None, limit_bytes: int | None) -> Tier:
+    """Pinned memory and copy streams where there is a CUDA device, plain copies elsewhere."""
+    if torch.cuda.is_available():
+        from memopt.offload.pinned import PinnedTier
+
+        return PinnedTier(limit_bytes)
+    return HostTier(limit_bytes)
