@@ -94,14 +94,14 @@ class Meter:
         for optimizer in self._optimizers or ():
             tracker.adopt_optimizer(optimizer)
         tracker.stop()
-        timeline = tracker.timeline
-        categories = settle(timeline)
+        history = tracker.history
+        categories = settle(history)
         if not self.device:
             weights: Counter[str] = Counter()
-            for record, category in zip(timeline.records, categories, strict=True):
+            for record, category in zip(history.records, categories, strict=True):
                 weights[record.device] += record.bytes * (1024 if category is Category.WEIGHTS else 1)
             self.device = weights.most_common(1)[0][0] if weights else "cpu"
-        self._profile = profile(timeline, categories, self.device)
+        self._profile = profile(history, categories, self.device)
         self.peak_bytes = self._profile.peak_bytes
         self.by_category = {c.value: size for c, size in self._profile.at(self._profile.peak_index).items()}
         scale = 1 if sys.platform == "darwin" else 1024
@@ -117,7 +117,7 @@ class Meter:
         """Live bytes after every operation, in total and by category; empty before the measurement has ended."""
         if self._profile is None:
             return []
-        seen, levels = self._tracker.timeline, self._profile
+        seen, levels = self._tracker.history, self._profile
         return [
             Sample(
                 index,

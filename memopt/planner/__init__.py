@@ -1,6 +1,7 @@
 """memopt.planner"""
 
 from memopt.planner.devices import Hardware, HardwareError, hardware, hardware_names
+from memopt.planner.placement import Buffer, Placement, place
 from memopt.planner.plan_file import Plan, Timeline
 from memopt.planner.signature import block_signature, describe
 from memopt.planner.tracing import TraceError, trace
@@ -24,11 +25,13 @@ __all__ = [
     "Block",
     "BlockPlan",
     "BudgetError",
+    "Buffer",
     "Category",
     "Hardware",
     "HardwareError",
     "Op",
     "Phase",
+    "Placement",
     "Plan",
     "SavedStorage",
     "Status",
@@ -43,5 +46,6 @@ __all__ = [
     "hardware",
     "hardware_names",
     "parse_bytes",
+    "place",
     "trace",
 ]

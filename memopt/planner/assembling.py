@@ -16,15 +16,15 @@ from memopt.planner.values import Block, Category, Op, Phase, SavedStorage, Stor
 
 def assemble(model: nn.Module, recorder: Recorder) -> Trace:
     """Puts operations, storages and blocks together; times are operation numbers of the traced step."""
-    timeline, raw, calls = recorder.timeline, recorder.raw, recorder.calls
-    categories = settle(timeline)
+    history, raw, calls = recorder.history, recorder.raw, recorder.calls
+    categories = settle(history)
     numbers = find_blocks(calls, raw)
     owner = _owners(recorder, [calls[number] for number in numbers])
     ops = tuple(
         Op(
             index=index,
-            name=timeline.names[index],
-            phase=timeline.phases[index],
+            name=history.names[index],
+            phase=history.phases[index],
             block=owner.get(index),
             flops=op.flops,
             bytes_read=op.bytes_read,
@@ -38,7 +38,7 @@ def assemble(model: nn.Module, recorder: Recorder) -> Trace:
     end = len(raw)
     storages = tuple(
         Storage(r.id, r.bytes, c, r.birth, end if r.death is None else r.death, r.producer, r.name)
-        for r, c in zip(timeline.records, categories, strict=True)
+        for r, c in zip(history.records, categories, strict=True)
     )
     parameters = list(model.parameters())
     return Trace(
@@ -46,7 +46,7 @@ def assemble(model: nn.Module, recorder: Recorder) -> Trace:
         ops=ops,
         storages=storages,
         blocks=_blocks(recorder, numbers, owner, storages),
-        peak_bytes=profile(timeline, categories).peak_bytes,
+        peak_bytes=profile(history, categories).peak_bytes,
         dtype=_main_dtype(parameters),
         meta={
             "parameters": sum(parameter.numel() for parameter in parameters),
@@ -74,7 +74,7 @@ def _owners(recorder: Recorder, blocks: list[Call]) -> dict[int, int]:
 def _blocks(
     recorder: Recorder, numbers: list[int], owner: dict[int, int], storages: tuple[Storage, ...]
 ) -> tuple[Block, ...]:
-    phases = recorder.timeline.phases
+    phases = recorder.history.phases
     backward: dict[int, list[int]] = {}
     for index, number in owner.items():
         if phases[index] is Phase.BACKWARD:

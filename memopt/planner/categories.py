@@ -11,33 +11,33 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from memopt.planner.tracker import Record, Timeline
+from memopt.planner.records import History, Record
 from memopt.planner.values import Category, Phase
 
 CATEGORIES = tuple(Category)
 
 
-def settle(timeline: Timeline) -> list[Category]:
-    """The category of every record, in the order of ``timeline.records``."""
-    last_forward = max((i for i, phase in enumerate(timeline.phases) if phase is Phase.FORWARD), default=-1)
-    return [_settle_one(record, timeline, last_forward) for record in timeline.records]
+def settle(history: History) -> list[Category]:
+    """The category of every record, in the order of ``history.records``."""
+    last_forward = max((i for i, phase in enumerate(history.phases) if phase is Phase.FORWARD), default=-1)
+    return [_settle_one(record, history, last_forward) for record in history.records]
 
 
-def _settle_one(record: Record, timeline: Timeline, last_forward: int) -> Category:
+def _settle_one(record: Record, history: History, last_forward: int) -> Category:
     if record.category is not None:
         return record.category
-    phase = Phase.FORWARD if record.producer is None else timeline.phases[record.producer]
+    phase = Phase.FORWARD if record.producer is None else history.phases[record.producer]
     if phase is Phase.LOSS:
         return Category.LOGITS
     if phase is Phase.BACKWARD:
-        in_loss = any(start <= record.birth < stop for start, stop in timeline.logit_gradients)
+        in_loss = any(start <= record.birth < stop for start, stop in history.logit_gradients)
         return Category.LOGITS if in_loss else Category.TEMPORARIES
     if phase is Phase.OPTIMIZER:
         stays = record.death is None or (record.death <= last_forward and Phase.FORWARD in (
-            timeline.phases[record.birth : record.death]
+            history.phases[record.birth : record.death]
         ))  # fmt: skip
         return Category.OPTIMIZER if stays else Category.TEMPORARIES
-    starts = timeline.backward_starts
+    starts = history.backward_starts
     following = bisect_left(starts, record.birth)
     if following < len(starts) and (record.death is None or starts[following] < record.death):
         return Category.ACTIVATIONS
@@ -58,11 +58,11 @@ class Profile:
         return {category: series[index] for category, series in self.by_category.items()}
 
 
-def profile(timeline: Timeline, categories: list[Category], device: str | None = None) -> Profile:
+def profile(history: History, categories: list[Category], device: str | None = None) -> Profile:
     """Adds up the records of one device type (None: all of them) over time."""
-    length = max(1, len(timeline.names))
+    length = max(1, len(history.names))
     changes = {category: [0] * (length + 1) for category in CATEGORIES}
-    for record, category in zip(timeline.records, categories, strict=True):
+    for record, category in zip(history.records, categories, strict=True):
         if device is None or record.device == device:
             row = changes[category]
             row[min(record.birth, length)] += record.bytes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import Optimizer
 
-from memopt.planner.tracker import tensors_in
+from memopt.planner.records import tensors_in
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
-from memopt.planner.tracker import tensors_in
+from memopt.planner.records import tensors_in
 
 _GATHERS = frozenset({"embedding", "index", "index_select", "gather", "take"})
 

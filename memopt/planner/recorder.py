@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.planner import flops
 from memopt.planner.phases import PhaseWatcher
+from memopt.planner.records import Record, tensors_in
 from memopt.planner.signature import Entry, describe
-from memopt.planner.tracker import Record, StorageTracker, tensors_in
+from memopt.planner.tracker import StorageTracker
 from memopt.planner.values import Category, Phase
 
 

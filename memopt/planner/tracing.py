@@ -14,7 +14,7 @@ from memopt.planner.assembling import assemble
 from memopt.planner.faking import Faker, faked
 from memopt.planner.guessing import Guesses
 from memopt.planner.recorder import Recorder
-from memopt.planner.tracker import tensors_in
+from memopt.planner.records import tensors_in
 from memopt.planner.values import Trace
 
 LossFn = Callable[..., Any]
@@ -168,7 +168,7 @@ def _explain(recorder: Recorder, error: Exception) -> str:
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else ''}"
     if recorder.failed is None:
-        phase = recorder.timeline.phases[-1].value if recorder.timeline.phases else "setting up"
+        phase = recorder.history.phases[-1].value if recorder.history.phases else "setting up"
         return f"the trace failed in {phase}: {reason}"
     path, shapes = recorder.failed
     return f"the trace failed in module {path or 'the model itself'!r} called with ({shapes}): {reason}"

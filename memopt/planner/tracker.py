@@ -14,21 +14,18 @@ import functools
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.planner.phases import PhaseWatcher
+from memopt.planner.records import History, Record, claim, rounded_bytes, scratch_bytes, tensors_in
 from memopt.planner.values import Category, Phase
-
-Scratch = Callable[[tuple[Any, ...], dict[str, Any]], int]
-_SCRATCH: dict[str, Scratch] = {}
 
 _LOSS_OPERATIONS = frozenset(
     {
@@ -51,81 +48,6 @@ _LOSS_OPERATIONS = frozenset(
 )
 _OWN = "memopt"
 _LOSS_WORDS = ("cross_entropy", "contrastive")
-_CUDA_ROUNDING = 512
-
-
-def register_scratch(name: str, scratch_bytes: Scratch) -> None:
-    """States the scratch of an operation, for traces, where its kernel does not run.
-
-    Args:
-        name: qualified name, such as ``"memopt::linear_cross_entropy"``.
-        scratch_bytes: from the operation's (args, kwargs) to the largest number of bytes that its kernel holds at once
-            beside its outputs.
-    """
-    _SCRATCH[name] = scratch_bytes
-
-
-def rounded_bytes(size: int, device: str) -> int:
-    """The bytes that an allocation of ``size`` takes: multiples of 512 on CUDA devices, the size itself elsewhere."""
-    return -(-size // _CUDA_ROUNDING) * _CUDA_ROUNDING if device == "cuda" else size
-
-
-@dataclass(eq=False)
-class Record:
-    """One storage while and after it lived; ``category`` is set where an event has already decided it."""
-
-    id: int
-    bytes: int
-    birth: int
-    death: int | None
-    producer: int | None
-    name: str
-    device: str
-    category: Category | None = None
-    watch: Any = field(default=None, repr=False)
-
-
-@dataclass
-class Timeline:
-    """What happened, operation by operation, to whoever reads the tracker afterwards."""
-
-    names: list[str] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    backward_starts: list[int] = field(default_factory=list)
-    logit_gradients: list[tuple[int, int]] = field(default_factory=list)
-
-
-# Later in this list wins when two events claim a storage.
-_RANK = {
-    Category.TEMPORARIES: 0,
-    Category.ACTIVATIONS: 1,
-    Category.LOGITS: 2,
-    Category.GRADIENTS: 3,
-    Category.OPTIMIZER: 4,
-    Category.WEIGHTS: 5,
-}
-
-
-def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists, dicts and dataclass-like objects, tensor subclasses taken apart."""
-    if isinstance(value, Tensor):
-        if is_traceable_wrapper_subclass(value):
-            for name in value.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(value, name), depth - 1)
-        else:
-            yield value
-    elif depth > 0:
-        if isinstance(value, (tuple, list)):
-            for item in value:
-                yield from tensors_in(item, depth - 1)
-        elif isinstance(value, dict):
-            for item in value.values():
-                yield from tensors_in(item, depth - 1)
-        elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-            for name in value.__dataclass_fields__:
-                yield from tensors_in(getattr(value, name, None), depth - 1)
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -139,7 +61,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, fake: bool = False, device: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.clock = 0
-        self.timeline = Timeline()
+        self.history = History()
         self._fake = fake
         self.device = device
         self._live: dict[int, Record] = {}
@@ -177,7 +99,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for handle in (*self._grad_hooks.values(), *self._output_hooks):
             handle.remove()
         self._grad_hooks, self._output_hooks = {}, []
-        for record in self.timeline.records:
+        for record in self.history.records:
             record.watch = None
         self._live = {}
 
@@ -227,17 +149,15 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         index = self.clock
         name = str(func)
         phase = self._phases.phase()
-        self.timeline.names.append(name)
-        self.timeline.phases.append(phase)
-        self.timeline.seconds.append(time.perf_counter() - self._started)
+        self.history.names.append(name)
+        self.history.phases.append(phase)
+        self.history.seconds.append(time.perf_counter() - self._started)
         category = self._category_inside(name)
         for tensor in tensors_in(output, 4):
             record = self.observe(tensor, index, name)
             if record is not None and category is not None and record.birth == index:
                 claim(record, category)
-        scratch = _SCRATCH.get(func._schema.name)
-        if scratch is not None:
-            self._add_scratch(name, scratch(args, kwargs), category)
+        self._add_scratch(name, scratch_bytes(func._schema.name, args, kwargs), category)
         self._recorded(index, func, args, kwargs, output, phase)
         self._claim_loss(func, args, output)
         self.clock = index + 1
@@ -271,7 +191,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if birth is None:
             birth = 0 if self._fake or key in self._known else self.clock
         new = Record(
-            id=len(self.timeline.records),
+            id=len(self.history.records),
             bytes=size,
             birth=birth,
             death=None,
@@ -281,7 +201,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             category=record.category if record else None,
         )
         new.watch = weakref.ref(storage, functools.partial(self._died, key))
-        self.timeline.records.append(new)
+        self.history.records.append(new)
         self._live[key] = new
         return new
 
@@ -309,9 +229,9 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add_scratch(self, name: str, size: int, category: Category | None) -> None:
         index = self.clock
         if size > 0:
-            self.timeline.records.append(
+            self.history.records.append(
                 Record(
-                    len(self.timeline.records), size, index, index + 1, index, f"{name} scratch", self.device or "cpu",
+                    len(self.history.records), size, index, index + 1, index, f"{name} scratch", self.device or "cpu",
                     category,
                 )
             )  # fmt: skip
@@ -330,7 +250,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.adopt(gradient, Category.GRADIENTS)
 
     def _root_entered(self, module: nn.Module) -> None:
-        phases = self.timeline.phases
+        phases = self.history.phases
         if Phase.BACKWARD not in phases[self._left_at :]:  # what followed the last model was no loss: more forward came
             for index in range(self._left_at, len(phases)):
                 phases[index] = Phase.FORWARD if phases[index] is Phase.LOSS else phases[index]
@@ -349,15 +269,15 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._outputs.append(record)
 
     def _backward_started(self) -> None:
-        self.timeline.backward_starts.append(self.clock)
+        self.history.backward_starts.append(self.clock)
         for record in self._outputs:
             claim(record, Category.LOGITS)
         self._outputs = []
 
     def _logit_gradient_arrived(self, gradient: Tensor) -> None:
-        starts = self.timeline.backward_starts
-        if starts and (not self.timeline.logit_gradients or self.timeline.logit_gradients[-1][0] != starts[-1]):
-            self.timeline.logit_gradients.append((starts[-1], self.clock))
+        starts = self.history.backward_starts
+        if starts and (not self.history.logit_gradients or self.history.logit_gradients[-1][0] != starts[-1]):
+            self.history.logit_gradients.append((starts[-1], self.clock))
         self.adopt(gradient, Category.LOGITS)
 
 
@@ -367,12 +287,6 @@ def _touches_memory(func: Any) -> bool:
     schema = func._schema
     tensors = any("Tensor" in str(result.type) for result in schema.returns)
     return tensors or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
-
-
-def claim(record: Record, category: Category) -> None:
-    """Gives a storage a category unless a stronger one holds it already."""
-    if record.category is None or _RANK[category] > _RANK[record.category]:
-        record.category = category
 
 
 def _loose_tensors(output: Any) -> Iterator[Tensor]:
