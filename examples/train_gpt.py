@@ -186,7 +186,9 @@ def main(
         raise typer.Exit(1) from error
     options = Options(GPTConfig(layers, width, heads, context), steps, batch, lr, seed)
     parameters = sum(p.numel() for p in make_model(options).parameters())
-    console.print(f"GPT with {parameters / 1e6:.1f} million parameters, {batch} x {context} bytes a step, {steps} steps")
+    console.print(
+        f"GPT with {parameters / 1e6:.1f} million parameters, {batch} x {context} bytes a step, {steps} steps"
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         base, before = plain(corpus, options, progress)

@@ -68,7 +68,9 @@ def test_top_level_links_lead_to_the_rooms(room: str) -> None:
 
 
 def test_import_of_the_package_loads_nothing_heavy() -> None:
-    code = "import sys, memopt; print(*sorted({m.split('.')[0] for m in sys.modules} & {'torch','triton','pulp','rich'}))"
+    code = (
+        "import sys, memopt; print(*sorted({m.split('.')[0] for m in sys.modules} & {'torch','triton','pulp','rich'}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

@@ -29,6 +29,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
         "bias": (601,),
         "scalar": (1,),
         "conv": (11, 33, 3, 3),
+        "long_bias": (9001,),
+        "short_rows": (300, 50),
     }
 
 
