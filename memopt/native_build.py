@@ -105,7 +105,7 @@ def _folders() -> list[Path]:
 
 
 def find_compiler() -> tuple[list[str], str] | None:
-    """The command and the identity (its version text) of the C++ compiler in use; ``None`` where there is none."""
+    """The command and the identity (its file) of the C++ compiler in use; ``None`` where there is none."""
     return _find_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
 
@@ -113,14 +113,11 @@ def find_compiler() -> tuple[list[str], str] | None:
 def _find_compiler(cxx: str, path: str) -> tuple[list[str], str] | None:
     for command in [shlex.split(cxx)] if cxx else [["c++"], ["g++"], ["clang++"]]:
         executable = shutil.which(command[0], path=path)
-        if executable is None:
-            continue
-        try:
-            run = subprocess.run([executable, *command[1:], "--version"], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if run.returncode == 0:
-            return [executable, *command[1:]], f"{executable} {run.stdout}"
+        if executable is not None:
+            # The file itself identifies a compiler; asking it for its version would cost a process at every start.
+            target = os.path.realpath(executable)
+            stat = os.stat(target)
+            return [executable, *command[1:]], f"{target} {stat.st_size} {stat.st_mtime_ns}"
     return None
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from memopt.kernels import math
 from memopt.kernels.backend import choose_backend
 from memopt.kernels.codecs import Codec, codec_names, get_codec, register_codec
+from memopt.kernels.losses import LossStats, linear_cross_entropy
 from memopt.kernels.quantized import Quantized, dequantize_blockwise, quantize_blockwise
 from memopt.kernels.stepping import step
 from memopt.kernels.update import State, Update
 
 __all__ = [
     "Codec",
+    "LossStats",
     "Quantized",
     "State",
     "Update",
@@ -18,6 +20,7 @@ __all__ = [
     "codec_names",
     "dequantize_blockwise",
     "get_codec",
+    "linear_cross_entropy",
     "math",
     "quantize_blockwise",
     "register_codec",

@@ -1,8 +1,9 @@
 """Random numbers for stochastic rounding: a counter-based hash, so that nothing is stored and shards agree.
 
-The 32-bit word of an element is a function of (seed, step, parameter number, draw, global element index) alone. A word
-holds two 16-bit numbers, so one hash serves two states: slot ``j`` is half ``j % 2`` of draw ``j // 2``. A slot's
-number ``h`` stands for the uniform ``(h + 1/2) / 65536``, whose probability error is at most ``2**-17``.
+The 32-bit word of an element is a function of (seed, step, parameter number, draw, global element index) alone. One
+word serves two states: slot ``j`` is the word of draw ``j // 2``, turned by 16 bits when ``j`` is odd. As a signed
+integer it is the noise of a codec (the uniform is ``1/2 + word / 2**32``, and its upper 16 bits, which decide, are the
+lower ones of the other slot); its upper 16 bits are the noise of a bfloat16.
 
 The global index of an element is that of its row's first element plus its place in the row; the index's upper 32 bits
 are taken at the start of the row.
@@ -15,7 +16,7 @@ from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
-GOLDEN32, M1, M2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+GOLDEN32, M1 = 0x9E3779B1, 0x85EBCA6B
 GOLDEN64 = 0x9E3779B97F4A7C15
 
 
@@ -38,15 +39,21 @@ def row_keys(base: int, row_start: int, draw: int) -> tuple[int, int]:
     return key & MASK32, key >> 32
 
 
-def uniforms(base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device) -> Tensor:
-    """The uniforms in (0, 1) of ``rows`` rows whose first element has the global index ``first``; float32."""
-    return (halves(base, first, rows, row_length, slot, device).float() + 0.5) * 2.0**-16
-
-
-def halves(
+def noise(
     base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device, column: int = 0
 ) -> Tensor:
-    """The 16-bit numbers of one slot, int64 (rows, row_length), from the given column of the row on."""
+    """The words of one slot as signed integers, float32 (rows, row_length); arguments as for :func:`words`."""
+    h = words(base, first, rows, row_length, slot, device, column)
+    return torch.where(h > 0x7FFFFFFF, h - (1 << 32), h).float()
+
+
+def words(
+    base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device, column: int = 0
+) -> Tensor:
+    """The words of one slot, int64 (rows, row_length).
+
+    ``first`` is the global index of the first row's first element; the words are those from ``column`` of the row on.
+    """
     starts = first + row_length * torch.arange(rows, device=device)[:, None]
     high = starts >> 32
     k1, k2 = torch.zeros_like(starts), torch.zeros_like(starts)
@@ -57,6 +64,5 @@ def halves(
     h = (low + column + torch.arange(row_length, device=device)) & MASK32
     h = (h * GOLDEN32 + k1) & MASK32
     h = ((h ^ (h >> 16)) * M1 + k2) & MASK32
-    h = ((h ^ (h >> 13)) * M2) & MASK32
-    h ^= h >> 16
-    return (h >> 16) if slot % 2 else (h & 0xFFFF)
+    h ^= h >> 15
+    return ((h << 16) & MASK32) | (h >> 16) if slot % 2 else h

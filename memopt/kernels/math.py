@@ -18,12 +18,14 @@ from memopt.kernels.expr import Expr, make
 __all__ = [
     "abs",
     "clamp",
+    "copysign",
     "exp",
     "floor",
     "fma",
     "log",
     "maximum",
     "minimum",
+    "root4",
     "rsqrt",
     "sign",
     "sqrt",
@@ -61,6 +63,11 @@ def rsqrt(x: Number) -> Number:
     return _unary("rsqrt", lambda v: 1.0 / _math.sqrt(v), torch.rsqrt, x)
 
 
+def root4(x: Number) -> Number:
+    """Fourth root."""
+    return _unary("root4", lambda v: _math.sqrt(_math.sqrt(v)), lambda t: t.sqrt().sqrt(), x)
+
+
 def abs(x: Number) -> Number:
     """Magnitude."""
     return _unary("abs", _abs, torch.abs, x)
@@ -69,6 +76,15 @@ def abs(x: Number) -> Number:
 def sign(x: Number) -> Number:
     """-1, 0 or 1; NaN gives 0."""
     return _unary("sign", lambda v: float((v > 0) - (v < 0)), lambda t: (t > 0).to(t.dtype) - (t < 0).to(t.dtype), x)
+
+
+def copysign(x: Number, like: Number) -> Number:
+    """The magnitude of x with the sign of ``like``."""
+    if isinstance(x, Expr) or isinstance(like, Expr):
+        return make("copysign", x, like)
+    if isinstance(x, torch.Tensor) or isinstance(like, torch.Tensor):
+        return torch.copysign(*_pair(x, like))
+    return _math.copysign(x, like)
 
 
 def floor(x: Number) -> Number:
@@ -128,11 +144,10 @@ def fma(a: Number, b: Number, c: Number) -> Number:
     """a * b + c with one rounding."""
     if isinstance(a, Expr) or isinstance(b, Expr) or isinstance(c, Expr):
         return make("fma", a, b, c)
-    tensors = [t for t in (a, b, c) if isinstance(t, torch.Tensor)]
-    if tensors:
+    if any(isinstance(v, torch.Tensor) for v in (a, b, c)):
         # The product of two float32 numbers is exact in float64.
-        wide = [t.double() if isinstance(t, torch.Tensor) else float(t) for t in (a, b, c)]
-        return (wide[0] * wide[1] + wide[2]).to(tensors[0].dtype)
+        wide: list[Any] = [v.double() if isinstance(v, torch.Tensor) else float(v) for v in (a, b, c)]
+        return (wide[0] * wide[1] + wide[2]).float()
     return a * b + c
 
 

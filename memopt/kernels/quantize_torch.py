@@ -19,11 +19,11 @@ def quantize(
     """Codes and scales of ``x`` in the shapes of :class:`memopt.kernels.Quantized`."""
     blocks = codec.blocks(x.shape)
     flat = x.detach().float().reshape(blocks.rows, blocks.row_length)
-    u = None
+    noise = None
     if rounding == "stochastic":
         base = hashing.base_key(seed, step, number)
-        u = hashing.uniforms(base, offset, blocks.rows, blocks.row_length, 0, x.device)
-    codes, scales = encode_rows(flat, codec, blocks, u)
+        noise = hashing.noise(base, offset, blocks.rows, blocks.row_length, 0, x.device)
+    codes, scales = encode_rows(flat, codec, blocks, noise)
     return codes.reshape(blocks.code_shape(x.shape, codec.bits)), scales.reshape(blocks.scale_shape)
 
 
@@ -34,24 +34,26 @@ def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, ...], codec: Cod
     return rows.reshape(shape)
 
 
-def encode_rows(x: Tensor, codec: Codec, blocks: Blocks, u: Tensor | None) -> tuple[Tensor, Tensor]:
+def encode_rows(x: Tensor, codec: Codec, blocks: Blocks, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """float32 (rows, row_length) to codes, uint8 (rows, row bytes), and scales (rows, per_row)."""
     scales = block_maxima(x.abs(), blocks)
     scales = torch.where(scales.isfinite(), scales, torch.nan)
     index = blocks.index(x.device)
     lift = torch.where(scales < TINY, LIFT, 1.0)
-    inverse = torch.where(scales > 0, codec.unit / (scales * lift), 0.0)
-    a = (x * lift[:, index]) * inverse[:, index]
-    a = torch.where(scales.isnan()[:, index], 0.0, a)
-    codes = codec.encode(a, u).to(torch.uint8)
+    top = codec.top("nearest" if noise is None else "stochastic")
+    inverse = torch.where(scales > 0, top / (scales * lift), 0.0)
+    finite = torch.where(scales.isnan()[:, index], 0.0, x * lift[:, index])
+    inverse = torch.where(scales.isnan(), 0.0, inverse)
+    biased: Tensor = codec.encode(finite, inverse[:, index], noise)
+    codes = (biased.contiguous().view(torch.int32) & 255).to(torch.uint8)
     return (codes if codec.bits == 8 else pack_rows(codes, blocks)), scales
 
 
 def decode_rows(codes: Tensor, scales: Tensor, codec: Codec, blocks: Blocks) -> Tensor:
     """The inverse: float32 (rows, row_length)."""
     codes = codes if codec.bits == 8 else unpack_rows(codes, blocks)
-    value: Tensor = codec.decode(codes.float())
-    return value * scales[:, blocks.index(codes.device)]
+    value: Tensor = codec.decode(codes.float(), scales[:, blocks.index(codes.device)])
+    return value
 
 
 def pack_rows(codes: Tensor, blocks: Blocks) -> Tensor:

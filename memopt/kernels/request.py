@@ -85,9 +85,12 @@ def _check_state(label: str, p: Tensor, state: Stored, codec: Codec | None) -> N
         ("codes", state.codes, blocks.code_shape(p.shape, codec.bits), torch.uint8),
         ("scales", state.scales, blocks.scale_shape, torch.float32),
     ):
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != p.device or not tensor.is_contiguous():
-            raise ValueError(f"{label}.{part} must be contiguous {dtype} {shape} on {p.device} for codec {codec.name!r} "
-                             f"with block {codec.block}, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")  # fmt: skip
+        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == p.device
+        if not fits or not tensor.is_contiguous():
+            raise ValueError(
+                f"{label}.{part} must be contiguous {dtype} {shape} on {p.device} for codec {codec.name!r} with block "
+                f"{codec.block}, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )
 
 
 def _same_length(name: str, given: Sequence[object], count: int) -> None:

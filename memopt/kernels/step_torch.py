@@ -56,8 +56,11 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
     base = hashing.base_key(request.seed, request.step, request.numbers[i])
     start, column = (request.offsets[i], before) if flat else (request.offsets[i] + before, 0)
 
+    def noise(slot: int) -> Tensor:
+        return hashing.noise(base, start, rows, length, slot, param.device, column)
+
     def halves(slot: int) -> Tensor:
-        return hashing.halves(base, start, rows, length, slot, param.device, column)
+        return hashing.words(base, start, rows, length, slot, param.device, column) >> 16
 
     values = []
     for j, stored in enumerate(request.states):
@@ -82,14 +85,13 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
             target = _part(state, first, last)  # type: ignore[arg-type]
             target.copy_(rounded(new, target.dtype, halves(j) if stochastic else None).reshape(target.shape))
         else:
-            u = (halves(j).float() + 0.5) * 2.0**-16 if stochastic else None
-            codes, scales = encode_rows(new, codec, codec.blocks(part.shape), u)
+            codes, scales = encode_rows(new, codec, codec.blocks(part.shape), noise(j) if stochastic else None)
             old_codes, old_scales = _quantized_parts(state, codec, flat, first, last)
             old_codes.copy_(codes.reshape(old_codes.shape))
             old_scales.copy_(scales.reshape(old_scales.shape))
     if new_p is not p:
-        noise = halves(len(update.states)) if request.param_rounding == "stochastic" else None
-        part.copy_(rounded(new_p, part.dtype, noise).reshape(part.shape))
+        bits = halves(len(update.states)) if request.param_rounding == "stochastic" else None
+        part.copy_(rounded(new_p, part.dtype, bits).reshape(part.shape))
     return [s.double().sum() for s in sums]
 
 

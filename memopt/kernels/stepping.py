@@ -71,5 +71,9 @@ def step(
     check(request)
     if not params:
         return {name: torch.zeros(0) for name in update.reductions}
-    choose_backend(params[0].device)
+    backend = choose_backend(params[0].device)
+    if backend == "native":
+        from memopt.kernels.native import step as step_native
+
+        return step_native.run(request)
     return step_torch.run(request)

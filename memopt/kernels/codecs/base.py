@@ -10,6 +10,9 @@ import torch
 
 from memopt.kernels.blocks import Blocks, blocks_of
 
+NOISE = 2.0**-32  # noise is a signed 32-bit integer as float32
+BIAS = 2.0**23  # adding it rounds a float32 to a whole number, which is then its low bits
+
 
 @dataclass(frozen=True)
 class Codec(abc.ABC):
@@ -18,7 +21,7 @@ class Codec(abc.ABC):
     ``encode`` and ``decode`` are written with :mod:`memopt.kernels.math`, so that they run on tensors (the oracle) and
     print as C++ and Triton. Between them and the values stand the scale and the constant ``unit``::
 
-        code = encode(x * (unit / scale), u)        value = decode(code) * scale
+        code = encode(x, unit / scale, noise)       value = decode(code, scale)
 
     A block of zeros has scale 0 and decodes to zeros. A block that holds a NaN or an infinity has scale NaN, and all of
     it decodes to NaN.
@@ -37,16 +40,22 @@ class Codec(abc.ABC):
     unit = 1.0
 
     @abc.abstractmethod
-    def encode(self, a: Any, u: Any | None) -> Any:
-        """The whole-valued code in ``[0, 2**bits)`` of ``a`` in ``[-unit, unit]``.
+    def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
+        """``BIAS`` plus the whole-valued code in ``[0, 2**bits)``.
 
-        ``u`` is None for the nearest value (exactly, ties towards zero), else a uniform in (0, 1) for stochastic
-        rounding between the two neighbours, so that the mean over ``u`` of the decoded value is the value.
+        ``|x| * inverse`` is at most ``unit`` but for rounding errors; with noise, at most ``unit * (1 - 2**-20)``, so
+        that none of them leads beyond the last code. ``noise`` is None for the nearest value (exactly, ties towards
+        zero), else a uniform in ``[-1/2, 1/2] / NOISE`` for stochastic rounding: between neighbours of width w the
+        turn lies at ``middle + noise * NOISE * w``, so that the mean of the decoded value is the value.
         """
 
     @abc.abstractmethod
-    def decode(self, code: Any) -> Any:
-        """The value in [-1, 1] of a whole-valued code."""
+    def decode(self, code: Any, scale: Any) -> Any:
+        """The value of a whole-valued code; what depends on ``scale`` alone is computed once per block."""
+
+    def top(self, rounding: str) -> float:
+        """``scale`` times ``inverse``: ``unit``, or a little less where rounding is stochastic."""
+        return self.unit if rounding == "nearest" else self.unit * (1 - 2.0**-20)
 
     def with_block(self, block: int) -> Codec:
         """The same codec with another block size."""
@@ -57,9 +66,9 @@ class Codec(abc.ABC):
         return blocks_of(shape, self.block)
 
     def values(self) -> torch.Tensor:
-        """The decoded value of every code, float32 (2**bits,); codes never produced repeat or extend the map."""
-        value = self.decode(torch.arange(2**self.bits, dtype=torch.float32))
-        return torch.as_tensor(value, dtype=torch.float32)
+        """The decoded value of every code at scale 1, float32 (2**bits,); codes never produced extend the map."""
+        value: torch.Tensor = self.decode(torch.arange(2**self.bits, dtype=torch.float32), torch.ones(()))
+        return value
 
 
 _CODECS: dict[str, Codec] = {}

@@ -20,99 +20,108 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.kernels import math as km
-from memopt.kernels.codecs.base import Codec, register_codec
+from memopt.kernels.codecs.base import BIAS, NOISE, Codec, register_codec
 
 
 @dataclass(frozen=True)
 class SignedSquare(Codec):
-    """sign(k) (k / top)**2 for k = -top .. top."""
+    """sign(k) (k / last)**2 for k = -last .. last."""
 
     rounding: str = "stochastic"
     name: str = "sq127"
     bits: int = 8
-    top: int = 127
+    last: int = 127
 
     @property
     def unit(self) -> float:  # type: ignore[override]
-        return float(self.top**2)
+        return float(self.last**2)
 
-    def encode(self, a: Any, u: Any | None) -> Any:
-        m = km.minimum(km.abs(a), self.unit)
-        k = km.floor(km.sqrt(m))
-        if u is None:
-            up = m > k * k + (k + 0.5)
-        else:
-            up = m > km.fma(u, k + (k + 1.0), k * k)
-        k = km.where(up, k + 1.0, k)
-        return km.where(a < 0.0, self.top - k, self.top + k)
+    def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
+        k = _nearest_root(km.abs(x) * inverse, self.last) if noise is None else _random_root(km.abs(x), inverse, noise)
+        return km.copysign(k, x) + (BIAS + self.last)
 
-    def decode(self, code: Any) -> Any:
-        y = (code - float(self.top)) * (1.0 / self.top)
+    def decode(self, code: Any, scale: Any) -> Any:
+        y = (code - float(self.last)) * (km.sqrt(scale) * (1.0 / self.last))
         return y * km.abs(y)
 
 
 @dataclass(frozen=True)
 class UnsignedSquare(Codec):
-    """(k / top)**2 for k = 1 .. top."""
+    """(k / last)**2 for k = 1 .. last."""
 
     rounding: str = "stochastic"
     name: str = "sqrt"
     bits: int = 4
-    top: int = 16
+    last: int = 16
     signed: bool = False
 
     @property
     def unit(self) -> float:  # type: ignore[override]
-        return float(self.top**2)
+        return float(self.last**2)
 
-    def encode(self, a: Any, u: Any | None) -> Any:
-        m = km.minimum(a, self.unit)
-        k = km.floor(km.sqrt(m))
-        if u is None:
-            up = m > k * k + (k + 0.5)
-        else:
-            up = m > km.fma(u, k + (k + 1.0), k * k)
-        return km.maximum(km.where(up, k, k - 1.0), 0.0)
+    def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
+        k = _nearest_root(x * inverse, self.last) if noise is None else _random_root(x, inverse, noise)
+        return km.maximum(k + (BIAS - 1.0), BIAS)
 
-    def decode(self, code: Any) -> Any:
-        y = (code + 1.0) * (1.0 / self.top)
+    def decode(self, code: Any, scale: Any) -> Any:
+        cell = km.sqrt(scale) * (1.0 / self.last)
+        y = km.fma(code, cell, cell)
         return y * y
 
 
 @dataclass(frozen=True)
 class FourthRoot(Codec):
-    """(k / top)**4 for k = 1 .. top."""
+    """(k / last)**4 for k = 1 .. last."""
 
     rounding: str = "stochastic"
     name: str = "root4"
     bits: int = 8
-    top: int = 256
+    last: int = 256
     signed: bool = False
 
     @property
     def unit(self) -> float:  # type: ignore[override]
-        return float(self.top**4)
+        return float(self.last**4)
 
-    def encode(self, a: Any, u: Any | None) -> Any:
-        m = km.minimum(a, self.unit)
-        k = km.floor(km.sqrt(km.sqrt(m)))
-        q = k * k + k
-        if u is None:
-            # (k**4 + (k+1)**4) / 2 = (q+1)**2 - 1/2 with q = k**2 + k: rounded once
-            up = m > km.fma(q + 1.0, q + 1.0, -0.5)
-        else:
-            # (k+1)**4 - k**4 = (2k+1)(2q+1)
-            square = k * k
-            up = m > km.fma(u * (k + (k + 1.0)), q + (q + 1.0), square * square)
-        return km.maximum(km.where(up, k, k - 1.0), 0.0)
+    def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
+        a = km.maximum(x * inverse, 1.0)
+        if noise is None:
+            a = km.minimum(a, self.unit)
+        # Rounding t - 3/2 gives floor(t) - 1 or, by an error of the root, a neighbour: then a is next to that power,
+        # and the comparison below still ends on the right side of it.
+        code = km.root4(a) + (BIAS - 1.5)
+        # With h = k + 1/2: (k**4 + (k+1)**4) / 2 = h**4 + 3/2 h**2 + 1/16 and (k+1)**4 - k**4 = h (4 h**2 + 1).
+        h = code - (BIAS - 1.5)
+        square = h * h
+        turn = km.fma(square, square + 1.5, 0.0625)
+        if noise is not None:
+            turn = km.fma(noise * h, km.fma(square, 4.0 * NOISE, NOISE), turn)
+        return km.where(a > turn, code + 1.0, code)
 
-    def decode(self, code: Any) -> Any:
-        y = (code + 1.0) * (1.0 / self.top)
+    def decode(self, code: Any, scale: Any) -> Any:
+        cell = km.sqrt(km.sqrt(scale)) * (1.0 / self.last)
+        y = km.fma(code, cell, cell)
         square = y * y
         return square * square
 
 
+def _nearest_root(a: Any, last: int) -> Any:
+    """The k in 0 .. last whose square is nearest to ``a``."""
+    k = km.floor(km.sqrt(a))
+    return km.minimum(km.where(a > km.fma(k, k, k + 0.5), k + 1.0, k), last)
+
+
+def _random_root(x: Any, inverse: Any, noise: Any) -> Any:
+    """A number that rounds to the k chosen at random, for ``x * inverse`` = a between k**2 and (k+1)**2.
+
+    Up with probability (a - k**2) / (2k + 1), that is, if a > k**2 + u (2k + 1) = (k + u)**2 + u (1 - u) with a uniform
+    u; so k or k + 1 is the floor of sqrt(a - u (1 - u)) + 1 - u, and with v = 1/2 - u, u (1 - u) = 1/4 - v**2.
+    """
+    v = noise * NOISE
+    return km.abs(km.sqrt(km.maximum(km.fma(x, inverse, km.fma(v, v, -0.25)), 0.0)) + v)
+
+
 register_codec(SignedSquare())
-register_codec(SignedSquare(name="sq15", bits=4, top=7, block=128))
+register_codec(SignedSquare(name="sq15", bits=4, last=7, block=128))
 register_codec(FourthRoot())
 register_codec(UnsignedSquare(block=128))

@@ -1,0 +1,191 @@
+"""Prints symbolic operands as C++ on the vectors of vec.hpp."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from memopt.kernels import math as km
+from memopt.kernels.codecs import Codec
+from memopt.kernels.expr import Expr, element, scalar
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_CALLS = {
+    "neg": "vneg",
+    "sqrt": "vsqrt",
+    "rsqrt": "vrsqrt",
+    "root4": "vroot4",
+    "abs": "vabs",
+    "copysign": "vcopysign",
+    "sign": "vsign",
+    "floor": "vfloor",
+    "exp": "vexp",
+    "log": "vlog",
+    "minimum": "vmin",
+    "maximum": "vmax",
+    "fma": "fma",
+    "where": "select",
+    "and": "both",
+    "or": "either",
+    "not": "negate",
+    **{op: op for op in ("lt", "le", "gt", "ge", "eq", "ne")},
+}
+
+
+class Printer:
+    """Turns expressions into statements; each node once.
+
+    Args:
+        fast: estimates with a Newton step instead of exact square roots (codecs choose neighbours with them, and
+            compare exactly afterwards).
+        fuse: one rounding for a product that is only used in a sum (rules; codecs say ``fma`` where they mean it).
+    """
+
+    def __init__(self, *, fast: bool = False, fuse: bool = False) -> None:
+        self.fast, self.fuse = fast, fuse
+        self.lines: list[str] = []
+        self.uniforms: list[Expr] = []
+        self.tables: list[tuple[float, ...]] = []
+        self._names: dict[Expr, str] = {}
+        self._uses: Counter[Expr] = Counter()
+
+    def print(self, *roots: Expr) -> list[str]:
+        """Statements for these expressions are added to ``lines``; returns the names of their values."""
+        seen: set[Expr] = set()
+        for root in roots:
+            self._count(root, seen)
+        return [self._name(root) for root in roots]
+
+    def _count(self, node: Expr, seen: set[Expr]) -> None:
+        self._uses[node] += 1
+        if node in seen or node.uniform:
+            return
+        seen.add(node)
+        for arg in node.args:
+            self._count(arg, seen)
+
+    def _name(self, node: Expr) -> str:
+        if node not in self._names:
+            self._names[node] = self._define(node)
+        return self._names[node]
+
+    def _define(self, node: Expr) -> str:
+        if node.op == "input":
+            return node.name
+        if node.op == "const":
+            return f"splat({literal(node.value)})"
+        if node.uniform:
+            self.uniforms.append(node)
+            return f"U{len(self.uniforms) - 1}"
+        text = self._fused(node) or self._plain(node)
+        name = f"t{len(self.lines)}"
+        self.lines.append(f"{'vm' if node.boolean else 'vf'} {name} = {text};")
+        return name
+
+    def _fused(self, node: Expr) -> str:
+        if not self.fuse or node.op not in ("add", "sub"):
+            return ""
+        left, right = node.args
+        for product, other in ((left, right), (right, left)):
+            if product.op == "mul" and not product.uniform and self._uses[product] == 1:
+                a, b, c = self._name(product.args[0]), self._name(product.args[1]), self._name(other)
+                if node.op == "add":
+                    return f"mul_add({a}, {b}, {c})"
+                return f"mul_add({a}, {b}, -{c})" if product is left else f"mul_add(-{a}, {b}, {c})"
+        return ""
+
+    def _plain(self, node: Expr) -> str:
+        if node.op == "take":
+            table = tuple(float(v) for v in node.name.split(","))
+            self.tables.append(table)
+            return f"take<{len(table)}>(T{len(self.tables) - 1}, to_int({self._name(node.args[0])}))"
+        names = [self._name(arg) for arg in node.args]
+        if node.op in _INFIX:
+            return f"{names[0]} {_INFIX[node.op]} {names[1]}"
+        call = _CALLS[node.op] + ("_fast" if self.fast and node.op in ("sqrt", "root4") else "")
+        return f"{call}({', '.join(names)})"
+
+
+def literal(value: float) -> str:
+    """A float32 constant of C++."""
+    if math.isfinite(value):
+        return f"{value!r}f"
+    return "NAN" if math.isnan(value) else f"{'-' if value < 0 else ''}INFINITY"
+
+
+def evaluate(node: Expr, scalars: Mapping[str, float]) -> float:
+    """A uniform node's value, in double precision."""
+    if node.op == "const":
+        return node.value
+    if node.op == "scalar":
+        return float(scalars[node.name])
+    args = [evaluate(arg, scalars) for arg in node.args]
+    if node.op in _HOST:
+        return _HOST[node.op](*args)
+    return float(getattr(km, node.op)(*args))
+
+
+_HOST: dict[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "and": lambda a, b: bool(a) and bool(b),
+    "or": lambda a, b: bool(a) or bool(b),
+    "not": lambda a: not a,
+}
+
+
+def codec_functions(codec: Codec, rounding: str, tag: str) -> tuple[str, list[str]]:
+    """C++ functions ``encode_TAG(x, inverse, noise)`` and ``decode_TAG(code, c)``, and how to compute the array c.
+
+    ``c`` holds what decoding needs of a block's ``float scale``: C++ expressions, evaluated once per block.
+    """
+    noise = element("noise") if rounding == "stochastic" else None
+    encode, decode = Printer(fast=True), Printer()
+    (code,) = encode.print(codec.encode(element("x"), element("inverse"), noise))
+    (value,) = decode.print(codec.decode(element("code"), scalar("scale")))
+    names = [f"const vf U{i} = c[{i}];" for i in range(len(decode.uniforms))]
+    text = _function(f"encode_{tag}(vf x, vf inverse, vf noise)", encode, code)
+    text += _function(f"decode_{tag}(vf code, const vf* c)", decode, value, names)
+    return text, [scalar_text(u) for u in decode.uniforms]
+
+
+def _function(signature: str, printer: Printer, result: str, before: Sequence[str] = ()) -> str:
+    tables = [f"alignas(64) static const float T{i}[] = {{{_row(t)}}};" for i, t in enumerate(printer.tables)]
+    body = "\n    ".join([*before, *tables, *printer.lines, f"return {result};"])
+    return f"INLINE vf {signature} {{\n    {body}\n}}\n"
+
+
+def scalar_text(node: Expr) -> str:
+    """A uniform node as a C++ float expression over its scalars' names."""
+    if node.op == "const":
+        return literal(node.value)
+    if node.op == "scalar":
+        return node.name
+    args = [scalar_text(arg) for arg in node.args]
+    if node.op in _INFIX:
+        return f"({args[0]} {_INFIX[node.op]} {args[1]})"
+    return f"std::{node.op}({', '.join(args)})"
+
+
+def _row(table: Sequence[float]) -> str:
+    return ", ".join(literal(v) for v in table)
+
+
+@functools.cache
+def header() -> str:
+    """vec.hpp with its parts in place of their includes."""
+    folder = Path(__file__).parent
+    text = (folder / "vec.hpp").read_text()
+    for part in ("vec_avx512.hpp", "vec_avx2.hpp", "vec_generic.hpp"):
+        text = text.replace(f'#include "{part}"\n', (folder / part).read_text())
+    return text

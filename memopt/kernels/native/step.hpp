@@ -1,0 +1,92 @@
+// The fused step's frame: what does not depend on the rule. A generated kernel defines N_STATES, N_SUMS, TILE and
+// one_tile(), and includes this text after them.
+struct Stored {
+    uint8_t* data;      // codes, or the plain state
+    float* scales;      // null for a plain state
+};
+struct Task {           // one parameter; all fields are 8 bytes wide
+    int64_t rows, cols, flat;
+    uint64_t start;     // global index of the first element
+    uint64_t key;       // from seed, step and parameter number
+    char* param;
+    const char* grad;
+    Stored state[N_STATES ? N_STATES : 1];
+};
+
+INLINE int64_t blocks_in_row(const Task& t, int64_t block) {
+    if (t.flat) return (t.cols + block - 1) / block;
+    return t.cols < 2 * block ? 1 : t.cols / block;
+}
+INLINE int64_t bytes_in_row(int64_t cols, int64_t blocks, int64_t block) {  // 4-bit codes
+    return (blocks - 1) * ((block + 1) / 2) + (cols - (blocks - 1) * block + 1) / 2;
+}
+// 4-bit codes of one block: its first half lies in the low nibbles. Steps of W bytes, as the codes were stored, so that
+// loads find their data still on the way to the cache.
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
+INLINE void unpack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
+    int half = (n + 1) / 2, i = 0;
+    for (; i + W <= n - half; i += W) {
+        vb x = *(const vb_any*)(in + i);
+        *(vb_any*)(out + i) = x & 15;
+        *(vb_any*)(out + half + i) = x >> 4;
+    }
+    for (; i < half; i++) {
+        out[i] = in[i] & 15;
+        if (half + i < n) out[half + i] = in[i] >> 4;
+    }
+}
+INLINE void pack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
+    int half = (n + 1) / 2, i = 0;
+    for (; i + W <= n - half; i += W)
+        *(vb_any*)(out + i) = *(const vb_any*)(in + i) | (*(const vb_any*)(in + half + i) << 4);
+    for (; i < half; i++) out[i] = (uint8_t)(in[i] | (half + i < n ? in[half + i] << 4 : 0));
+}
+// blocks with an infinity or NaN encode zeros; tiny ones are made larger first
+INLINE void prepare(float* values, int n, const Scale& s) {
+    if (__builtin_expect(s.lift != 1.0f, 0))
+        for (int i = 0; i < n; i++) values[i] = s.lift == 0 ? 0 : values[i] * s.lift;
+}
+INLINE vf first_lanes(vf x, int n) { return as_f(as_u(x) & (vu)(lanes() < splat_u((uint32_t)n))); }
+
+static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float* uniforms, double* sums);
+
+// sums: one row of N_SUMS doubles for every task
+extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, double* sums, int threads) {
+    const int64_t AIM = 32768;  // elements in one piece of work
+    int64_t* first = new int64_t[count + 1];
+    first[0] = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Task& t = tasks[i];
+        int64_t tiles = t.rows * blocks_in_row(t, TILE), each = t.cols < TILE ? t.cols : TILE;
+        int64_t per = AIM / each > 0 ? AIM / each : 1;
+        first[i + 1] = first[i] + (tiles + per - 1) / per;
+    }
+    int64_t pieces = first[count];
+    double* partial = N_SUMS ? new double[pieces * N_SUMS + 1]() : nullptr;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (pieces > 1 && threads > 1)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t low = 0, high = count;  // the task with first[low] <= piece < first[low + 1]
+        while (high - low > 1) {
+            int64_t middle = (low + high) / 2;
+            (first[middle] <= piece ? low : high) = middle;
+        }
+        while (first[low + 1] <= piece) low++;
+        const Task& t = tasks[low];
+        int64_t in_row = blocks_in_row(t, TILE), each = t.cols < TILE ? t.cols : TILE;
+        int64_t per = AIM / each > 0 ? AIM / each : 1, tiles = t.rows * in_row;
+        int64_t begin = (piece - first[low]) * per, end = begin + per < tiles ? begin + per : tiles;
+        for (int64_t tile = begin; tile < end; tile++) {
+            int64_t row = tile / in_row, index = tile % in_row, col = index * TILE;
+            int n = (int)(index == in_row - 1 ? t.cols - col : TILE);
+            one_tile(t, row, col, n, uniforms, partial + piece * N_SUMS);
+        }
+    }
+    for (int64_t i = 0; i < count && N_SUMS; i++)
+        for (int k = 0; k < N_SUMS; k++) {
+            sums[i * N_SUMS + k] = 0;
+            for (int64_t piece = first[i]; piece < first[i + 1]; piece++) sums[i * N_SUMS + k] += partial[piece * N_SUMS + k];
+        }
+    delete[] first;
+    delete[] partial;
+}

@@ -1,0 +1,88 @@
+"""Runs the fused step on the CPU: groups parameters by dtype, builds the kernel, hands it a table of addresses."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt import native_build
+from memopt.kernels import hashing, step_torch
+from memopt.kernels.expr import Expr
+from memopt.kernels.native.cpp import evaluate
+from memopt.kernels.native.step_source import StepKind, step_source
+from memopt.kernels.quantized import Quantized
+from memopt.kernels.request import StepRequest
+
+_Kernel = tuple[Callable[..., None], list[Expr]]
+
+
+def run(request: StepRequest) -> dict[str, Tensor]:
+    """Carries the step out; the torch implementation does it where the kernel cannot be built."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, p in enumerate(request.params):
+        plain = tuple(s[i].dtype if c is None else c for s, c in zip(request.states, request.codecs, strict=True))  # type: ignore[union-attr]
+        groups.setdefault((p.dtype, request.grads[i].dtype, plain), []).append(i)
+    sums = torch.zeros(len(request.params), len(request.update.reductions), dtype=torch.float64)
+    for (param, grad, stored), members in groups.items():
+        kind = StepKind(request.update, param, grad, stored, request.roundings, request.param_rounding)
+        kernel = _kernel(kind)
+        if kernel is None:
+            return step_torch.run(request)
+        sums[members] = _launch(kernel, request, members)
+    return {name: sums[:, k].float() for k, name in enumerate(request.update.reductions)}
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(kind: StepKind) -> _Kernel | None:
+    source, uniforms = step_source(kind)
+    library = native_build.build(f"step-{kind.update.name}", source)
+    if library is None:
+        return None
+    function = library.run
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    function.restype = None
+    return function, uniforms
+
+
+def _launch(kernel: _Kernel, request: StepRequest, members: list[int]) -> Tensor:
+    function, uniforms = kernel
+    values = array("f", [evaluate(u, request.scalars) for u in uniforms] or [0.0])
+    fields: list[int] = []
+    for i in members:
+        fields += _task(request, i)
+    table = array("q", fields)
+    sums = torch.zeros(len(members), len(request.update.reductions), dtype=torch.float64)
+    function(table.buffer_info()[0], len(members), values.buffer_info()[0], sums.data_ptr(), native_build.threads())
+    changed = [request.params[i] for i in members]
+    for stored in request.states:
+        for i in members:
+            state = stored[i]
+            changed += [state.codes, state.scales] if isinstance(state, Quantized) else [state]
+    torch.autograd.graph.increment_version(changed)
+    return sums
+
+
+def _task(request: StepRequest, i: int) -> list[int]:
+    p = request.params[i]
+    flat = p.dim() < 2
+    rows, cols = (1, p.numel()) if flat else (p.shape[0], p.numel() // max(p.shape[0], 1))
+    if cols == 0:
+        rows = 0
+    key = hashing.base_key(request.seed, request.step, request.numbers[i])
+    fields = [rows, max(cols, 1), int(flat), request.offsets[i], key - (1 << 64) if key >> 63 else key]
+    fields += [p.data_ptr(), request.grads[i].data_ptr()]
+    for stored in request.states:
+        state = stored[i]
+        if isinstance(state, Quantized):
+            fields += [state.codes.data_ptr(), state.scales.data_ptr()]
+        else:
+            fields += [state.data_ptr(), 0]
+    if not request.states:
+        fields += [0, 0]
+    return fields

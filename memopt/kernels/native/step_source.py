@@ -1,0 +1,250 @@
+"""Prints the fused step of one rule, with its codecs and dtypes, as one C++ translation unit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from memopt.kernels.codecs import Codec
+from memopt.kernels.expr import Expr, element, scalar
+from memopt.kernels.native.cpp import Printer, codec_functions, header, literal
+from memopt.kernels.update import Update
+
+CPP_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+TILE = 512  # elements whose new states wait in buffers at once
+PREFETCH = 1024  # elements ahead
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What one compiled step is made for; ``stored`` has a codec or a dtype for each state."""
+
+    update: Update
+    param: torch.dtype
+    grad: torch.dtype
+    stored: tuple[Codec | torch.dtype, ...]
+    roundings: tuple[str, ...]
+    param_rounding: str
+
+    @property
+    def quantised(self) -> tuple[int, ...]:
+        """Numbers of the states that have a codec."""
+        return tuple(j for j, s in enumerate(self.stored) if isinstance(s, Codec))
+
+    @property
+    def noisy(self) -> tuple[int, ...]:
+        """Slots that need random numbers; the parameter's comes after the states'."""
+        slots = [j for j, r in enumerate(self.roundings) if r == "stochastic"]
+        return (*slots, *([len(self.stored)] if self.param_rounding == "stochastic" else []))
+
+
+def step_source(kind: StepKind) -> tuple[str, list[Expr]]:
+    """The source, and the uniform expressions whose values go into its array ``U``."""
+    count, update = len(kind.stored), kind.update
+    inputs = tuple(element(f"s{j}") for j in range(count))
+    p, g = element("p"), element("g")
+    answer = update.apply(p, g, inputs, SimpleNamespace(**{name: scalar(name) for name in update.scalars}))
+    new_p, states, sums = answer
+    printer = Printer(fuse=True)
+    written = [j for j in range(count) if states[j] is not inputs[j]]
+    names = printer.print(*[states[j] for j in written], *([new_p] if new_p is not p else []), *sums)
+    news = dict(zip(written, names, strict=False))
+    param_name = names[len(written)] if new_p is not p else ""
+    sum_names = names[len(names) - len(sums) :] if sums else []
+
+    blocks = [s.block for s in kind.stored if isinstance(s, Codec)]
+    tile = math.lcm(*blocks) if blocks else TILE
+    tile *= -(-TILE // tile)
+    parts = [header(), f"enum {{ N_STATES = {count}, N_SUMS = {len(sums)}, TILE = {tile} }};\n"]
+    parts.append((Path(__file__).parent / "step.hpp").read_text())
+    scale_parts: dict[int, list[str]] = {}
+    for j in kind.quantised:
+        codec = kind.stored[j]
+        assert isinstance(codec, Codec)
+        text, scale_parts[j] = codec_functions(codec, kind.roundings[j], str(j))
+        parts.append(text)
+    parts += [f"alignas(64) static const float T{i}[] = {{{', '.join(map(literal, t))}}};\n"
+              for i, t in enumerate(printer.tables)]  # fmt: skip
+    body = _Body(
+        kind,
+        tile,
+        min(blocks, default=tile),
+        printer.lines,
+        news,
+        param_name,
+        sum_names,
+        len(printer.uniforms),
+        scale_parts,
+    )
+    parts.append(body.function())
+    return "".join(parts), printer.uniforms
+
+
+@dataclass(frozen=True)
+class _Body:
+    kind: StepKind
+    tile: int
+    segment: int
+    lines: list[str]
+    news: dict[int, str]
+    param: str
+    sums: list[str]
+    uniforms: int
+    scale_parts: dict[int, list[str]]
+
+    def function(self) -> str:
+        lines = [
+            "static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float* uniforms, double* sums)",
+            "{",
+            *[f"const vf U{i} = splat(uniforms[{i}]);" for i in range(self.uniforms)],
+            f"using P = {CPP_TYPES[self.kind.param]};",
+            f"using G = {CPP_TYPES[self.kind.grad]};",
+            "P* param = (P*)t.param + row * t.cols + col;",
+            "const G* grad = (const G*)t.grad + row * t.cols + col;",
+            *self._draws(),
+        ]
+        for j, stored in enumerate(self.kind.stored):
+            lines += self._open_codec(j, stored) if isinstance(stored, Codec) else self._open_plain(j, stored)
+        lines += [f"vf sum{k} = {{}};" for k in range(len(self.sums))]
+        lines += [
+            f"for (int from = 0; from < n; from += {self.segment}) {{",
+            f"int to = from + {self.segment} < n ? from + {self.segment} : n, j = from;",
+            *self._segment_scales(),
+            "for (; j + W <= to; j += W) {",
+            *self._element(tail=False),
+            "}",
+            "if (j < to) {",
+            "int m = to - j;",
+            *self._element(tail=True),
+            "}",
+            *self._segment_maxima(),
+            "}",
+        ]
+        for j in self.kind.quantised:
+            lines += self._close_codec(j)
+        for k in range(len(self.sums)):
+            lines.append(f"for (int i = 0; i < W; i++) sums[{k}] += sum{k}[i];")
+        return "\n    ".join(lines) + "\n}\n"
+
+    def _draws(self) -> list[str]:
+        lines = []
+        for draw in sorted({slot // 2 for slot in self.kind.noisy}):
+            lines += [
+                f"Keys keys{draw} = row_keys(t.key, t.start + row * t.cols, {draw});",
+                f"alignas(64) uint32_t words{draw}[{2 * self.tile + 64}];",
+            ]
+        if lines:
+            lines.insert(0, "uint32_t index = (uint32_t)(t.start + row * t.cols + col);")
+        return lines
+
+    def _open_codec(self, j: int, codec: Codec) -> list[str]:
+        block = codec.block
+        lines = [
+            f"int64_t in_row{j} = blocks_in_row(t, {block}), block{j} = col / {block};",
+            f"float* scales{j} = t.state[{j}].scales + row * in_row{j};",
+            f"alignas(64) float new{j}[{2 * self.tile + 64}];",
+            f"vu maxima{j}[{2 * self.tile // block + 2}] = {{}};",
+        ]
+        if codec.bits == 8:
+            lines.append(f"uint8_t* codes{j} = t.state[{j}].data + row * t.cols + col;")
+        else:
+            lines += [
+                f"uint8_t* packed{j} = t.state[{j}].data + row * bytes_in_row(t.cols, in_row{j}, {block}) "
+                f"+ block{j} * {(block + 1) // 2};",
+                f"alignas(64) uint8_t codes{j}[{2 * self.tile + 64}];",
+                *self._each_block(
+                    j, codec, [f"unpack(codes{j} + at, packed{j} + (at / {block}) * {(block + 1) // 2}, length);"]
+                ),
+            ]
+        return lines
+
+    def _each_block(self, j: int, codec: Codec, body: list[str]) -> list[str]:
+        """A loop over the blocks of state j in this tile: number ``k``, place ``at`` and ``length``."""
+        return [
+            "for (int k = 0, at = 0; at < n; k++) {",
+            f"int length = block{j} + k == in_row{j} - 1 ? n - at : {codec.block};",
+            *body,
+            "at += length;",
+            "}",
+        ]
+
+    def _open_plain(self, j: int, dtype: torch.dtype) -> list[str]:
+        kind = CPP_TYPES[dtype]
+        return [f"{kind}* plain{j} = ({kind}*)t.state[{j}].data + row * t.cols + col;"]
+
+    def _segment_scales(self) -> list[str]:
+        lines = []
+        for j in self.kind.quantised:
+            codec = self.kind.stored[j]
+            assert isinstance(codec, Codec)
+            parts = [part.replace("scale", f"scale{j}") for part in self.scale_parts[j]]
+            lines += [
+                f"int64_t k{j} = from / {codec.block};",
+                f"if (block{j} + k{j} >= in_row{j}) k{j} = in_row{j} - 1 - block{j};",
+                f"float scale{j} = scales{j}[block{j} + k{j}];",
+                f"const vf c{j}[] = {{{', '.join(f'splat({part})' for part in parts)}}};",
+                f"vu maximum{j} = maxima{j}[k{j}];",
+            ]
+        return lines
+
+    def _segment_maxima(self) -> list[str]:
+        return [f"maxima{j}[k{j}] = maximum{j};" for j in self.kind.quantised]
+
+    def _element(self, *, tail: bool) -> list[str]:
+        kind, count = self.kind, len(self.kind.stored)
+        some, extra = ("_some", ", m") if tail else ("", "")
+        load = "load_some" if tail else "load"
+        lines = [] if tail else [f"prefetch(param + j + {PREFETCH});", f"prefetch(grad + j + {PREFETCH});"]
+        lines += [f"vf p = {load}(param + j{extra});", f"vf g = {load}(grad + j{extra});"]
+        for j, stored in enumerate(kind.stored):
+            if isinstance(stored, Codec):
+                lines.append(f"vf s{j} = decode_{j}(load_codes{some}(codes{j} + j{extra}), c{j});")
+            else:
+                lines.append(f"vf s{j} = {load}(plain{j} + j{extra});")
+        lines += self.lines
+        for draw in sorted({slot // 2 for slot in kind.noisy}):
+            lines += [f"vu w{draw} = random_words(keys{draw}, index + j);", f"store_u(words{draw} + j, w{draw});"]
+        for j, name in self.news.items():
+            if j in kind.quantised:
+                value = f"first_lanes({name}, m)" if tail else name
+                lines += [f"vf n{j} = {value};", f"store(new{j} + j, n{j});",
+                          f"maximum{j} = umax(maximum{j}, magnitude(n{j}));"]  # fmt: skip
+            else:
+                lines.append(self._store(f"plain{j} + j", name, j if j in kind.noisy else None, some, extra))
+        if self.param:
+            lines.append(self._store("param + j", self.param, count if count in kind.noisy else None, some, extra))
+        for k, name in enumerate(self.sums):
+            lines.append(f"sum{k} = sum{k} + {f'first_lanes({name}, m)' if tail else name};")
+        return lines
+
+    @staticmethod
+    def _store(place: str, name: str, slot: int | None, some: str, extra: str) -> str:
+        if slot is None:
+            return f"store{some}({place}, {name}{extra});"
+        return f"store_noisy{some}({place}, {name}, half_of(w{slot // 2}, {slot}){extra});"
+
+    def _close_codec(self, j: int) -> list[str]:
+        if j not in self.news:
+            return []
+        codec = self.kind.stored[j]
+        assert isinstance(codec, Codec)
+        noisy = self.kind.roundings[j] == "stochastic"
+        noise = f"noise_of(load_u(words{j // 2} + i), {j})" if noisy else "splat(0)"
+        code = f"encode_{j}(load(new{j} + i), inverse, {noise})"
+        lines = [
+            f"Scale s = scale_of(maxima{j}[k], {literal(codec.top(self.kind.roundings[j]))});",
+            f"scales{j}[block{j} + k] = s.scale;",
+            f"prepare(new{j} + at, length, s);",
+            "vf inverse = splat(s.inverse);",
+            "int i = at, stop = at + length;",
+            f"for (; i + W <= stop; i += W) store_codes(codes{j} + i, {code});",
+            f"if (i < stop) {{ uint8_t some[W]; store_codes(some, {code}); memcpy(codes{j} + i, some, stop - i); }}",
+        ]
+        if codec.bits == 4:
+            half = (codec.block + 1) // 2
+            lines.append(f"pack(packed{j} + k * {half}, codes{j} + at, length);")
+        return self._each_block(j, codec, lines)

@@ -1,0 +1,193 @@
+// Vectors of W floats: the one vocabulary that generated kernels use. Arithmetic is by GCC/Clang vector types; what
+// they lack comes from vec_avx512.hpp, vec_avx2.hpp or vec_generic.hpp, chosen by the compiler's flags.
+// -ffp-contract=off: a product and a sum are two roundings unless fma is written.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define MEMOPT_AVX512 1
+constexpr int W = 16;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define MEMOPT_AVX2 1
+constexpr int W = 8;
+#else
+constexpr int W = 8;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vu splat_u(uint32_t x) { return x - vu{}; }
+INLINE vf load(const float* p) { return *(const vf_any*)p; }
+INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
+INLINE vu load_u(const uint32_t* p) { return *(const vu_any*)p; }
+INLINE void store_u(uint32_t* p, vu x) { *(vu_any*)p = x; }
+INLINE vu lanes() {
+    vu x;
+    for (int i = 0; i < W; i++) x[i] = i;
+    return x;
+}
+INLINE vf as_f(vu x) { return (vf)x; }
+INLINE vu as_u(vf x) { return (vu)x; }
+INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+#if MEMOPT_AVX512
+#include "vec_avx512.hpp"
+#elif MEMOPT_AVX2
+#include "vec_avx2.hpp"
+#else
+#include "vec_generic.hpp"
+#endif
+
+INLINE vf vabs(vf x) { return as_f(as_u(x) & splat_u(0x7fffffffu)); }
+// a product and a sum where the number of roundings does not matter
+INLINE vf mul_add(vf a, vf b, vf c) {
+#if MEMOPT_AVX512 || MEMOPT_AVX2 || defined(__FP_FAST_FMAF)
+    return fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+INLINE vf vrsqrt(vf x) { return splat(1) / vsqrt(x); }
+INLINE vf vneg(vf x) { return as_f(as_u(x) ^ splat_u(0x80000000u)); }
+INLINE vf vcopysign(vf x, vf like) {
+    return as_f((as_u(x) & splat_u(0x7fffffffu)) | (as_u(like) & splat_u(0x80000000u)));
+}
+INLINE vf vsign(vf x) { return select(gt(x, splat(0)), splat(1), select(lt(x, splat(0)), splat(-1), splat(0))); }
+INLINE vf vroot4(vf x) { return vsqrt(vsqrt(x)); }
+// What codecs need. The square root to about 1 ulp for finite x >= 0: an estimate and one Newton step.
+INLINE vf vsqrt_fast(vf x) {
+#if MEMOPT_AVX512 || MEMOPT_AVX2
+    x = vmax(x, splat(1e-30f));
+    vf r = rsqrt_estimate(x), s = x * r;
+    return fma(splat(0.5f) * r, fma(-s, s, x), s);
+#else
+    return vsqrt(x);
+#endif
+}
+// The fourth root to 2**-13 for x >= 1.
+INLINE vf vroot4_fast(vf x) {
+#if MEMOPT_AVX512
+    return rsqrt_estimate(rsqrt_estimate(x));
+#else
+    return vsqrt_fast(vsqrt_fast(x));
+#endif
+}
+INLINE vf vexp(vf x) {
+    for (int i = 0; i < W; i++) x[i] = std::exp(x[i]);
+    return x;
+}
+INLINE vf vlog(vf x) {
+    for (int i = 0; i < W; i++) x[i] = std::log(x[i]);
+    return x;
+}
+
+INLINE vf load(const bf16* p) { return as_f(load_u16((const uint16_t*)p) << 16); }
+// float bits to bfloat16 in the upper half, to nearest even; a NaN stays a NaN
+INLINE vu bf16_nearest(vf x) {
+    vu b = as_u(x);
+    vu r = b + splat_u(0x7fffu) + ((b >> 16) & splat_u(1u));
+    return as_u(select(ne(x, x), as_f(b | splat_u(0x400000u)), as_f(r)));
+}
+// the same with 16 random bits: up with the probability of what is cut off; infinities and NaN stay
+INLINE vu bf16_stochastic(vf x, vu noise) {
+    vu b = as_u(x);
+    return as_u(select(lt(vabs(x), splat(INFINITY)), as_f(b + noise), as_f(as_u(select(ne(x, x), as_f(b | splat_u(0x400000u)), x)))));
+}
+INLINE void store(bf16* p, vf x) { store_u16((uint16_t*)p, bf16_nearest(x) >> 16); }
+INLINE void store_noisy(bf16* p, vf x, vu noise) { store_u16((uint16_t*)p, bf16_stochastic(x, noise) >> 16); }
+INLINE vf load(const f16* p) { return half_to_float((const uint16_t*)p); }
+INLINE void store(f16* p, vf x) { float_to_half((uint16_t*)p, x); }
+// fp16 at random: the cell below x is 2**max(exponent - 10, -24) wide
+INLINE void store_noisy(f16* p, vf x, vu noise) {
+    vu exponent = as_u(vmax(as_f(as_u(vabs(x)) & splat_u(0x7f800000u)), splat(6.103515625e-05f)));
+    vf cell = as_f(exponent - splat_u(10u << 23)), inverse = as_f(splat_u(264u << 23) - exponent);
+    vf scaled = x * inverse, low = vfloor(scaled);
+    vf u = (to_float((vi)noise) + splat(0.5f)) * splat(1.0f / 65536);
+    vf y = (low + select(lt(u, scaled - low), splat(1), splat(0))) * cell;
+    float_to_half((uint16_t*)p, select(lt(vabs(x), splat(INFINITY)), y, x));
+}
+INLINE void store_noisy(float* p, vf x, vu) { store(p, x); }
+
+// the first n < W elements, the rest zeros; and back
+template <class T> INLINE vf load_some(const T* p, int n) {
+    T x[W] = {};
+    memcpy(x, p, n * sizeof(T));
+    return load(x);
+}
+template <class T> INLINE void store_some(T* p, vf v, int n) {
+    T x[W];
+    store(x, v);
+    memcpy(p, x, n * sizeof(T));
+}
+template <class T> INLINE void store_noisy_some(T* p, vf v, vu noise, int n) {
+    T x[W];
+    store_noisy(x, v, noise);
+    memcpy(p, x, n * sizeof(T));
+}
+// a code is the low byte of BIAS + code: see memopt/kernels/codecs/base.py
+INLINE void store_codes(uint8_t* p, vf x) { store_bytes(p, (vi)x); }
+INLINE vf load_codes_some(const uint8_t* p, int n) {
+    uint8_t x[W] = {};
+    memcpy(x, p, n);
+    return load_codes(x);
+}
+
+// ---- random numbers: see memopt/kernels/hashing.py ----
+struct Keys { uint32_t first, second; };
+INLINE uint64_t mix64(uint64_t x) {
+    x += 0x9E3779B97F4A7C15ull;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+INLINE Keys row_keys(uint64_t base, uint64_t row_start, uint64_t draw) {
+    uint64_t key = mix64(base ^ ((row_start >> 32) * 2 + 1 + (draw << 33)));
+    return {(uint32_t)key, (uint32_t)(key >> 32)};
+}
+// word of the elements first, first + 1, ...
+INLINE vu random_words(Keys keys, uint32_t first) {
+    vu h = lanes() * splat_u(0x9E3779B1u) + splat_u(first * 0x9E3779B1u + keys.first);
+    h = (h ^ (h >> 16)) * splat_u(0x85EBCA6Bu) + splat_u(keys.second);
+    return h ^ (h >> 15);
+}
+// the word of a slot: of draw slot / 2, turned by 16 bits when the slot is odd
+INLINE vu turned(vu word, int slot) { return slot % 2 ? (word << 16) | (word >> 16) : word; }
+INLINE vf noise_of(vu word, int slot) { return to_float((vi)turned(word, slot)); }
+INLINE vu half_of(vu word, int slot) { return turned(word, slot) >> 16; }
+
+// ---- scales: see memopt/kernels/quantize_torch.py ----
+// The largest magnitude is kept as bits, so that infinities and NaN win.
+INLINE vu magnitude(vf x) { return as_u(x) & splat_u(0x7fffffffu); }
+INLINE vu umax(vu a, vu b) { return a > b ? a : b; }
+INLINE uint32_t largest(vu x) {
+#if MEMOPT_AVX512
+    return _mm512_reduce_max_epu32((__m512i)x);
+#else
+    uint32_t m = 0;
+    for (int i = 0; i < W; i++) m = x[i] > m ? x[i] : m;
+    return m;
+#endif
+}
+struct Scale { float scale, lift, inverse; };
+INLINE Scale scale_of(vu maxima, float unit) {
+    uint32_t m = largest(maxima);
+    if (m >= 0x7f800000u) return {NAN, 0.0f, 0.0f};
+    float s;
+    memcpy(&s, &m, 4);
+    float lift = s < 8.67361738e-19f ? 18446744073709551616.0f : 1.0f;
+    return {s, lift, s > 0 ? unit / (s * lift) : 0.0f};
+}

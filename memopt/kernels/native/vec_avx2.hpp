@@ -1,0 +1,45 @@
+// AVX2 with FMA and F16C: 8 lanes, masks as all-ones lanes.
+typedef vi vm;
+INLINE vm lt(vf a, vf b) { return (vm)_mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+INLINE vm le(vf a, vf b) { return (vm)_mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+INLINE vm gt(vf a, vf b) { return (vm)_mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+INLINE vm ge(vf a, vf b) { return (vm)_mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+INLINE vm eq(vf a, vf b) { return (vm)_mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+INLINE vm ne(vf a, vf b) { return (vm)_mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
+INLINE vm both(vm a, vm b) { return a & b; }
+INLINE vm either(vm a, vm b) { return a | b; }
+INLINE vm negate(vm a) { return ~a; }
+INLINE vf select(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, (__m256)m); }
+INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf vsqrt(vf a) { return _mm256_sqrt_ps(a); }
+INLINE vf vfloor(vf a) { return _mm256_floor_ps(a); }
+INLINE vf rsqrt_estimate(vf a) { return _mm256_rsqrt_ps(a); }
+INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps((__m256i)a); }
+INLINE vi to_int(vf a) { return (vi)_mm256_cvttps_epi32(a); }
+INLINE vi load_bytes(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vf load_codes(const uint8_t* p) { return to_float(load_bytes(p)); }
+INLINE void store_u16(uint16_t* p, vu a) {  // a < 2**16
+    __m256i packed = _mm256_packus_epi32((__m256i)a, (__m256i)a);
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x88)));
+}
+INLINE void store_bytes(uint8_t* p, vi a) {
+    a &= 255;
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)a), 0x88);
+    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_castsi256_si128(words));
+    _mm_storel_epi64((__m128i*)p, bytes);
+}
+INLINE vu load_u16(const uint16_t* p) { return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vf half_to_float(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void float_to_half(uint16_t* p, vf x) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+template <int N> INLINE vf take(const float* table, vi i) {
+    if constexpr (N == 16) {
+        vf low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)i);
+        vf high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)i);
+        return _mm256_blendv_ps(low, high, (__m256)(i << 28));
+    }
+    return _mm256_i32gather_ps(table, (__m256i)i, 4);
+}
