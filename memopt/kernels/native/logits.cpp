@@ -113,8 +113,8 @@ void statistics_of_row(const typename Io::Stored* x, const RowInputs& row, bool 
         for (int64_t i = 0; i < BLOCK; ++i) block_highest = z[i] > block_highest ? z[i] : block_highest;
         if (block_highest > highest) {
             const double shrink = highest == NEGATIVE_INFINITY ? 0.0 : std::exp(double(highest) - double(block_highest));
+            if (shrink > 0.0) expected = shrink * (expected + sum * (double(highest) - double(block_highest)));
             sum *= shrink;
-            expected *= shrink;
             highest = block_highest;
             best = first;
             while (z[best - first] != highest) ++best;
@@ -127,7 +127,7 @@ void statistics_of_row(const typename Io::Stored* x, const RowInputs& row, bool 
         sum += block_sum;
         if (want_expected) {
 #pragma omp simd reduction(+ : block_expected)
-            for (int64_t i = 0; i < BLOCK; ++i) block_expected += e[i] == 0.0f ? 0.0f : e[i] * z[i];
+            for (int64_t i = 0; i < BLOCK; ++i) block_expected += e[i] == 0.0f ? 0.0f : e[i] * (z[i] - reference);
             expected += block_expected;
         }
         if (want_weighted) {
@@ -197,7 +197,7 @@ float gradient_of_row(typename Io::Stored* __restrict x, const RowInputs& row, c
 }  // namespace
 
 // dtype: 0 float32, 1 bfloat16. Strides are in elements. `target` or `soft` may be null; a target outside [0, V) belongs
-// to no entry here. `out` is (5, R): maximum, sum of exp(z - maximum), sum of exp(z - maximum) * z, target logit, sum of
+// to no entry here. `out` is (5, R): maximum, sum of exp(z - maximum), sum of exp(z - maximum) * (z - maximum), target logit, sum of
 // weight * soft * z. Returns 0, or 1 for a dtype it does not know.
 extern "C" int memopt_logit_statistics(int dtype, const void* x, int64_t x_stride, int64_t R, int64_t V,
                                        const float* bias, float scale, float cap, const float* class_weight,

@@ -1,0 +1,9 @@
+"""Losses whose logits never exist as a whole."""
+
+from __future__ import annotations
+
+from memopt.kernels.losses.dense_ce import dense_linear_cross_entropy
+from memopt.kernels.losses.linear_ce import linear_cross_entropy
+from memopt.kernels.losses.settings import LossStats
+
+__all__ = ["LossStats", "dense_linear_cross_entropy", "linear_cross_entropy"]

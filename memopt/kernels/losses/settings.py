@@ -1,0 +1,80 @@
+"""The static choices of a vocabulary loss, checked once, and what it returns beside the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+REDUCTIONS = ("mean", "sum", "none")
+MODES = ("rows", "recompute")
+ACCUMULATIONS = ("weight", "float32")
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+
+
+class LossStats(NamedTuple):
+    """What :func:`memopt.linear_cross_entropy` knows beside the loss; zero at ignored positions.
+
+    log_sum_exp: per position, float32, differentiable.
+    entropy: of the predicted distribution per position, in nats.
+    accuracy: share of the counted positions whose largest logit is the target's (for soft targets: the target's
+        largest probability), a scalar.
+    """
+
+    log_sum_exp: Tensor
+    entropy: Tensor
+    accuracy: Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the loss is computed; no tensors. ``length`` is that of the dimension along which ``shift`` moves targets."""
+
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    shift: int = 0
+    length: int = 1
+    want_stats: bool = False
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    mode: str = "rows"
+    accumulate: str = "weight"
+    group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("reduction", self.reduction, REDUCTIONS),
+            ("mode", self.mode, MODES),
+            ("accumulate", self.accumulate, ACCUMULATIONS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
+        for name, number in (("softcap", self.softcap), ("z_loss", self.z_loss)):
+            if not 0.0 <= number < float("inf"):
+                raise ValueError(f"{name} must be a finite number, not negative, got {number}")
+        if self.chunk_bytes <= 0:
+            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+        if self.shift < 0 or self.shift > self.length:
+            raise ValueError(f"shift must lie between 0 and the sequence length {self.length}, got {self.shift}")
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward may have to make logits again, so that it needs the inputs."""
+        return self.reduction == "none" or self.mode == "recompute" or self.want_stats
+
+
+def rows_per_chunk(rows: int, bytes_per_row: int, chunk_bytes: int) -> int:
+    """How many rows a chunk holds so that all chunks are about equal and none needs more than ``chunk_bytes``."""
+    if rows == 0:
+        return 1
+    largest = max(1, chunk_bytes // max(1, bytes_per_row))
+    chunks = -(-rows // largest)
+    return -(-rows // chunks)

@@ -1,0 +1,96 @@
+"""Shared by the tests of the vocabulary loss: cases as data, one runner, and a tolerance that comes from float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.kernels.losses import dense_linear_cross_entropy, linear_cross_entropy
+
+NAMES = ("loss", "log_sum_exp", "entropy", "accuracy", "hidden", "weight", "bias", "logit_scale")
+
+
+@dataclass
+class Case:
+    """Inputs in float64 that every dtype of a test is rounded from, and the arguments of the loss."""
+
+    options: dict[str, Any]
+    shape: tuple[int, ...] = (3, 17)
+    H: int = 24
+    V: int = 101
+    bias: bool = False
+    scale: float | None = None
+    class_weight: bool = False
+    soft: bool = False
+    ignored: bool = True
+    tensors: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(7)
+        double = {"dtype": torch.float64, "generator": generator}
+        target = torch.randint(0, self.V, self.shape, generator=generator)
+        if self.ignored:
+            target.view(-1)[3:7] = self.options.get("ignore_index", -100)
+            target.view(-1)[-2] = self.options.get("ignore_index", -100)
+        if self.soft:
+            target = torch.randn(*self.shape, self.V, **double).mul(3).softmax(-1).float()
+        self.tensors = {
+            "hidden": torch.randn(*self.shape, self.H, **double),
+            "weight": torch.randn(self.V, self.H, **double) / 2,
+            "target": target,
+            "bias": torch.randn(self.V, **double) if self.bias else None,
+            "logit_scale": None if self.scale is None else torch.tensor(self.scale, dtype=torch.float64),
+            "class_weight": torch.rand(self.V, **double) + 0.1 if self.class_weight else None,
+        }
+
+    def run(self, function: Any, round_to: torch.dtype, compute_in: torch.dtype, **extra: Any) -> dict[str, Tensor]:
+        """Loss, statistics and gradients for inputs rounded to one dtype and computed with in another."""
+        leaves = {
+            name: None if t is None else t.to(round_to).to(compute_in, copy=True).requires_grad_()
+            for name, t in self.tensors.items()
+            if name not in ("target", "class_weight")
+        }
+        weights = self.tensors["class_weight"]
+        loss, stats = function(
+            leaves["hidden"],
+            leaves["weight"],
+            self.tensors["target"],
+            leaves["bias"],
+            logit_scale=leaves["logit_scale"],
+            class_weight=None if weights is None else weights.to(round_to).to(compute_in),
+            return_stats=True,
+            **self.options,
+            **extra,
+        )
+        # An upstream gradient that differs from row to row shows a gradient that forgot it.
+        upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).view(loss.shape)
+        (loss * upstream.to(loss.dtype)).sum().backward()
+        results = [loss.detach(), *(part.detach() for part in stats)]
+        results += [leaves[name] if leaves[name] is None else leaves[name].grad for name in NAMES[4:]]
+        return {name: value for name, value in zip(NAMES, results, strict=True) if value is not None}
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Distance in norm, relative to the truth's norm where that is not zero."""
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-12))
+
+
+def check_against_truth(case: Case, dtype: torch.dtype, allowed: float = 1.0, **extra: Any) -> None:
+    """Ours is no further from the float64 truth than the plain loss in ``dtype``, up to ``allowed`` and noise.
+
+    Rounding errors of two correct orders of summation differ from draw to draw: the factor 1.5 and a few units in the
+    last place cover that. Loss and statistics of a few rows also hang on single logits, each off by half a unit.
+    """
+    truth = case.run(dense_linear_cross_entropy, dtype, torch.float64)
+    plain = case.run(dense_linear_cross_entropy, dtype, dtype, upcast=False)
+    ours = case.run(linear_cross_entropy, dtype, dtype, **extra)
+    assert ours.keys() == truth.keys()
+    noise = 4e-15 if dtype == torch.float64 else 4e-7
+    for name, value in ours.items():
+        assert value.shape == truth[name].shape, name
+        floor = max(noise, torch.finfo(dtype).eps / 2) if name in NAMES[:3] else noise
+        limit = 1.5 * allowed * error(plain[name], truth[name]) + floor
+        assert error(value, truth[name]) <= limit, (name, error(value, truth[name]), limit)
