@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memopt.optim.coverage.block_coordinate import BlockCoordinate
+from memopt.optim.coverage.split import Split
 from memopt.optim.formats import StateFormat
 from memopt.optim.gradient_release import release_gradients
 from memopt.optim.optimizer import RuleOptimizer
@@ -12,7 +13,7 @@ from memopt.optim.registry import make, optimizers
 
 globals().update(optimizers())
 
-__all__ = ["BlockCoordinate", "RuleOptimizer", "StateFormat", "make", "release_gradients"]
+__all__ = ["BlockCoordinate", "RuleOptimizer", "Split", "StateFormat", "make", "release_gradients"]
 __all__ += optimizers()
 __all__.sort()
 

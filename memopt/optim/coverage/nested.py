@@ -95,6 +95,7 @@ class Nested(torch.optim.Optimizer):
         self._base_options = dict(options)
         groups, self._named, self._module = _trainable(model)
         probe = self._base([dict(group) for group in groups], **options)
+        self._base_class = type(probe)
         super().__init__([dict(group) for group in probe.param_groups], dict(probe.defaults))
         self._occupied: list[Seat] = []
         self.inner = None
