@@ -3,9 +3,12 @@
 from memopt.planner.devices import Hardware, HardwareError, hardware, hardware_names
 from memopt.planner.placement import Buffer, Placement, place
 from memopt.planner.plan_file import Plan, Timeline
+from memopt.planner.planning import plan
+from memopt.planner.policy import SolverError
 from memopt.planner.signature import block_signature, describe
 from memopt.planner.tracing import TraceError, trace
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
+from memopt.planner.validating import Validation, validate
 from memopt.planner.values import (
     Action,
     Block,
@@ -34,12 +37,14 @@ __all__ = [
     "Placement",
     "Plan",
     "SavedStorage",
+    "SolverError",
     "Status",
     "Storage",
     "StorageAction",
     "Timeline",
     "Trace",
     "TraceError",
+    "Validation",
     "block_signature",
     "describe",
     "format_bytes",
@@ -47,5 +52,7 @@ __all__ = [
     "hardware_names",
     "parse_bytes",
     "place",
+    "plan",
     "trace",
+    "validate",
 ]

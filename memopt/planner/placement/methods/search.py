@@ -1,0 +1,93 @@
+"""Randomised restarts of the skyline search, and the smallest capacity that they can reach.
+
+Attempts follow the Luby sequence times 400 steps, each with freshly drawn score weights, so that no single weighting
+has to suit every instance; counts of failed bounds carry over from attempt to attempt and fade. Everything is drawn
+from one seeded generator, so a seed fixes the result as long as the node limit, not the clock, ends the search.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+from memopt.planner.placement.instance import Part
+from memopt.planner.placement.native import attempt_for
+from memopt.planner.placement.skyline import Attempt, Score, Verdict, log2_fixed
+from memopt.planner.placement.task import Method, Task
+
+_BASE_NODES = 400
+_LARGEST = 6000  # buffers; the neighbour lists grow with the square
+_PRECISION = 1000  # bisection stops when the open range is below 1/1000 of the peak
+_BISECTION_SHARE = 8  # each capacity above the goal gets 1/8 of the goal's nodes
+
+
+def search(part: Part, capacity: int, seed: int, node_limit: int, seconds: float) -> Attempt:
+    """Offsets within ``capacity`` units, or why there are none: ``EXHAUSTED`` is a proof, the other verdicts are not.
+
+    Equal arguments give equal results with and without a C++ compiler unless the verdict is ``OUT_OF_TIME``.
+    """
+    deadline = time.monotonic() + seconds
+    attempt = attempt_for(part, capacity)
+    draw = random.Random(seed)
+    failures = [0] * part.sections
+    nodes = 0
+    for turn in range(1, node_limit + 2):
+        if nodes >= node_limit:
+            return Attempt(Verdict.OUT_OF_NODES, nodes, ())
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return Attempt(Verdict.OUT_OF_TIME, nodes, ())
+        allowed = min(_BASE_NODES * luby(turn), node_limit - nodes)
+        result = attempt(part, capacity, draw_score(part, draw), failures, allowed, left)
+        nodes += result.nodes
+        if result.verdict is not Verdict.OUT_OF_NODES:
+            return Attempt(result.verdict, nodes, result.offsets)
+        failures[:] = [count * 9 // 10 for count in failures]
+    raise AssertionError("an attempt takes at least one node")
+
+
+def draw_score(part: Part, draw: random.Random) -> Score:
+    """Random weights in 1/64: crowding 2 to 256 (log-uniform), the others linear up to a few units."""
+    crowd = (64 + draw.getrandbits(6)) << 1 + draw.randrange(7)
+    conflict, waste = draw.randrange(385), draw.randrange(385)
+    width, size, noise = draw.randrange(19, 161), draw.randrange(19, 129), draw.randrange(13, 97)
+    fixed = [
+        width * log2_fixed(high - low) + size * log2_fixed(units) + noise * draw.getrandbits(16)
+        for low, high, units in zip(part.low, part.high, part.size, strict=True)
+    ]
+    return Score(fixed, crowd, conflict, waste)
+
+
+def luby(turn: int) -> int:
+    """The Luby sequence 1, 1, 2, 1, 1, 2, 4, ... from ``turn`` 1 on."""
+    power = turn.bit_length()
+    return 1 << (power - 1) if turn == (1 << power) - 1 else luby(turn - (1 << (power - 1)) + 1)
+
+
+def run(task: Task) -> None:
+    """Tries the goal, then, when any better peak is welcome, halves the range between it and the best peak."""
+    part = task.part
+    if len(part) > _LARGEST:
+        task.remarks.append(f"search left out: {len(part)} buffers alive in one stretch, it takes {_LARGEST}")
+        return
+    floor = max(task.goal, task.lower)  # capacities below are impossible or were not found
+    _try(task, floor, task.node_limit)
+    while task.minimise and not task.done and task.seconds_left():
+        floor = max(floor, task.lower)
+        if (task.peak - floor) * _PRECISION <= task.peak:
+            break
+        middle = (floor + task.peak) // 2
+        if not _try(task, middle, task.node_limit // _BISECTION_SHARE):
+            floor = middle
+
+
+def _try(task: Task, capacity: int, node_limit: int) -> bool:
+    result = search(task.part, capacity, task.seed, node_limit, task.seconds_left())
+    if result.verdict is Verdict.FOUND:
+        return task.offer(result.offsets, "search")
+    if result.verdict is Verdict.EXHAUSTED:
+        task.prove(capacity + 1, f"the search space at {capacity} units is exhausted")
+    return False
+
+
+METHOD = Method("search", rank=1, run=run, share=0.6)
