@@ -1,14 +1,16 @@
-"""From a trace to the policy problem: each saved storage's choices, when they hold memory, and the positions to check."""
+"""From a trace to the policy problem: the choices for each saved storage, and the positions to check."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 
 from memopt.planner.actions import Site, choices_at
+from memopt.planner.early import early_returns
 from memopt.planner.positions import positions
-from memopt.planner.problem import BlockItems, Choice, Item, Milestone, Moments, Problem, Rates, Resource, held_at
+from memopt.planner.problem import BlockItems, Item, Milestone, Moments, Problem, Rates, Resource, held_at
 from memopt.planner.replaying import Replay, replays
 from memopt.planner.values import Action, Block, Category, SavedStorage, Storage, Trace
 
@@ -76,28 +78,27 @@ class Builder:
         block = self.trace.blocks[position]
         movable = [saved for saved in block.saved if self._is_movable(block, saved)]
         found = replays(self.trace, block, self.births)
-        needed = {saved.storage: self._first_need(block, saved) for saved in movable}
-        replay_at = min(needed.values(), default=block.backward[0])
-        shared, pins = self._resources(movable, found, replay_at)
+        shared = self._shared(movable, found)
+        pins = self._pins(block, movable)
         items = []
         for saved in movable:
             replay = found[saved.storage]
-            readers = [
-                other.index for other in movable if saved.storage in _reads(found[other.storage]) and other is not saved
-            ]
             cost, needs = self._replay_cost(replay, shared, pins)
-            site = self._site(position, saved, needed[saved.storage], replay_at, cost, needs, bool(readers))
+            site = self._site(position, saved, cost, needs)
             drafts = choices_at(site, self.actions)
             if len(drafts) < 2:
                 continue
             choices = tuple(replace(choice, variable=self.number()) for choice in drafts)
             self.managed.add(saved.storage)
-            last = max(replay.ops) if replay is not None else None
+            reading = [o.index for o in movable if o is not saved and saved.storage in _reads(found[o.storage])]
             extra = self._transient_bytes(block, replay) if replay is not None else 0
-            items.append(Item(saved.index, saved.bytes, saved.token_wise, choices, tuple(readers), last, extra))
-        resources = tuple(shared.values()) + tuple(pins.values())
+            items.append(
+                Item(saved.index, saved.bytes, saved.token_wise, choices, tuple(reading), site.first_need, extra)
+            )
+        early, together = early_returns(items, self.number, self.rates.overlap)
+        resources = (*shared.values(), *pins, *early)
         quiet = self._quiet(position, items, resources)
-        return BlockItems(position, block.group, tuple(items), resources, self.moments[position], quiet, replay_at)
+        return BlockItems(position, block.group, tuple(items), resources, together, self.moments[position], quiet)
 
     def _transient_bytes(self, block: Block, replay: Replay) -> int:
         """The most that a replay writes beside saved storages at any of its operations."""
@@ -111,71 +112,53 @@ class Builder:
         inside = block.forward[0] <= self.storages[saved.storage].birth < block.forward[1]
         return inside and saved.storage not in self.shared_between_blocks and saved.bytes > self.saved_limit
 
-    def _first_need(self, block: Block, saved: SavedStorage) -> int:
-        later = [op for op in self.touches.get(saved.storage, []) if op >= block.backward[0]]
-        return min(later, default=self.storages[saved.storage].death)
-
-    def _resources(
-        self, movable: list[SavedStorage], found: dict[int, Replay | None], replay_at: int
-    ) -> tuple[dict[int, Resource], dict[int, Resource]]:
-        """Operations that several replays share, and storages from outside that must outlive their usual death."""
+    def _shared(self, movable: list[SavedStorage], found: dict[int, Replay | None]) -> dict[int, Resource]:
+        """Operations that several replays share, by their index."""
         if Action.RECOMPUTE not in self.actions:
-            return {}, {}
+            return {}
         usable = [found[saved.storage] for saved in movable]
         counts = Counter(op for replay in usable if replay is not None for op in replay.ops)
-        shared = {
-            op: Resource(self.number(), self.seconds[op], ())
-            for op, count in sorted(counts.items())
-            if count > 1 and self.seconds[op] > 0
-        }
-        outside = {read for replay in usable if replay is not None for read in replay.outside_reads}
-        pins = {}
-        for read in sorted(outside):
-            storage = self.storages[read]
-            if storage.category is not Category.WEIGHTS and storage.death < replay_at:
-                pins[read] = Resource(self.number(), 0.0, ((storage.death, replay_at, storage.bytes),))
-        return shared, pins
+        wanted = sorted(op for op, count in counts.items() if count > 1 and self.seconds[op] > 0)
+        return {op: Resource(self.number(), self.seconds[op], ()) for op in wanted}
+
+    def _pins(self, block: Block, movable: list[SavedStorage]) -> list[Resource]:
+        """The block's inputs, which stay until nothing is left to recompute, where they would go before."""
+        if Action.RECOMPUTE not in self.actions:
+            return []
+        last = max((self.storages[saved.storage].death for saved in movable), default=0)
+        pinned = [self.storages[v] for v in block.inputs if self.storages[v].category is not Category.WEIGHTS]
+        return [Resource(self.number(), 0.0, ((s.death, last, s.bytes),)) for s in pinned if s.death < last]
 
     def _replay_cost(
-        self, replay: Replay | None, shared: dict[int, Resource], pins: dict[int, Resource]
+        self, replay: Replay | None, shared: dict[int, Resource], pins: list[Resource]
     ) -> tuple[float | None, tuple[int, ...]]:
         if replay is None:
             return None, ()
         cost = sum(self.seconds[op] for op in replay.ops if op not in shared)
         needs = [shared[op].variable for op in replay.ops if op in shared]
-        needs += [pins[read].variable for read in sorted(replay.outside_reads) if read in pins]
-        return cost, tuple(needs)
+        return cost, (*needs, *(pin.variable for pin in pins))
 
-    def _site(
-        self,
-        position: int,
-        saved: SavedStorage,
-        first_need: int,
-        replay_at: int,
-        cost: float | None,
-        needs: tuple[int, ...],
-        feeds: bool,
-    ) -> Site:
+    def _site(self, position: int, saved: SavedStorage, cost: float | None, needs: tuple[int, ...]) -> Site:
         storage, times = self.storages[saved.storage], self.moments[position]
-        forward = [op for op in self.touches.get(saved.storage, []) if op < times.backward_start]
+        touches = self.touches.get(saved.storage, [])
+        forward = [op for op in touches if op < times.backward_start]
+        backward = [op for op in touches if op >= times.backward_start]
         return Site(
             bytes=saved.bytes,
             itemsize=_ITEM_BYTES.get(self.trace.dtype, 1),
             birth=storage.birth,
             forward_end=max(forward, default=storage.birth) + 1,
-            first_need=first_need,
+            first_need=min(backward, default=storage.death),
             death=storage.death,
             leave=times.leave,
             arrive=times.arrive,
-            replay_at=replay_at,
             replay_seconds=cost,
             replay_needs=needs,
-            feeds_replay=feeds,
             rates=self.rates,
         )
 
     def _quiet(self, position: int, items: list[Item], resources: tuple[Resource, ...]) -> tuple[int, int]:
-        """The longest stretch over the gap between forward and backward in which each choice holds just its held bytes."""
+        """The longest stretch between forward and backward in which each choice holds just its held bytes."""
         times = self.moments[position]
         edges = {times.forward_stop, times.backward_start}
         for choice in (choice for item in items for choice in item.choices):
@@ -183,7 +166,7 @@ class Builder:
         edges |= {edge for resource in resources for span in resource.spans for edge in span[:2]}
         ordered = sorted(edge for edge in edges if times.forward_stop <= edge <= times.backward_start)
         best = (times.forward_stop, times.forward_stop)
-        for start, stop in zip(ordered, ordered[1:], strict=False):
+        for start, stop in pairwise(ordered):
             plain = all(held_at(c.spans, start) == c.held_bytes for item in items for c in item.choices)
             if plain and not any(held_at(r.spans, start) for r in resources) and stop - start > best[1] - best[0]:
                 best = (start, stop)

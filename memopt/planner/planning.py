@@ -18,6 +18,7 @@ from memopt.planner.validating import validate
 from memopt.planner.values import Action, BlockPlan, Category, Status, StorageAction, Trace
 
 DEFAULT_ACTIONS = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
+CLOSE = 0.002  # of the budget: a peak so little below it leaves nothing to gain
 ROUNDS = 6  # solves with a corrected target, until the program's memory and the simulation's agree
 
 
@@ -106,9 +107,7 @@ def _actions(actions: Iterable[Action | str]) -> frozenset[Action]:
 class _Planner:
     """The rounds of solving and simulating for one trace on one device."""
 
-    def __init__(
-        self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str
-    ) -> None:
+    def __init__(self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str) -> None:
         self.trace, self.rates, self.actions = trace, rates, actions
         self.deadline, self.solver = time.monotonic() + time_limit, solver
         self.bound_seconds: float | None = None
@@ -148,7 +147,7 @@ class _Planner:
             over = answer.simulation.peak_bytes - budget_bytes
             if over <= 0 and (best is None or _cost(answer) < _cost(best)):
                 best = answer
-            if over == 0 or solution.seconds == 0 and over <= 0:
+            if -CLOSE * budget_bytes <= over <= 0 or (solution.seconds == 0 and over <= 0):
                 break
             target -= over
         if best is None:

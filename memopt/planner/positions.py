@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from memopt.planner.problem import BlockItems, Position, held_at
+from memopt.planner.problem import BlockItems, Item, Position, held_at
 from memopt.planner.values import Action, Storage, Trace
 
 Terms = dict[int, int]
@@ -55,11 +55,13 @@ def positions(
         if storage.id not in managed:
             births[storage.birth] += storage.bytes
     for block in blocks:
-        time = block.replay_at
-        if 0 <= time < len(fixed):
-            quiet, busy = _states(blocks, extents, time)
-            base = _terms((blocks[b] for b in busy), time)
-            groups[quiet] += [(time, int(fixed[time]) - births[time], terms) for terms in _while_replaying(block, base)]
+        for item in block.items:
+            time = item.first_need
+            if item.replay_bytes and 0 <= time < len(fixed):
+                quiet, busy = _states(blocks, extents, time)
+                terms = _terms((blocks[b] for b in busy), time)
+                before = int(fixed[time]) - births[time]
+                groups[quiet] += [(time, before, again) for again in _while_replaying(item, terms)]
     largest = [sum(max(c.held_bytes for c in item.choices) for item in block.items) for block in blocks]
     layout = [
         [[c.variable for c in item.choices] for item in block.items] + [[r.variable] for r in block.resources]
@@ -109,23 +111,11 @@ def _terms(blocks: Iterable[BlockItems], time: int) -> Terms:
     return terms
 
 
-def _while_replaying(block: BlockItems, base: Terms) -> Iterable[Terms]:
-    """The replay of each item: later items have not come back yet, values that are not saved are there as well."""
-    replayed = [
-        (item, choice)
-        for item in block.items
-        for choice in item.choices
-        if choice.action is Action.RECOMPUTE and item.replay_last is not None
-    ]
-    for item, choice in replayed:
-        if item.replay_bytes == 0:
-            continue
-        terms = dict(base)
-        for other, other_choice in replayed:
-            if (other.replay_last or 0) > (item.replay_last or 0):
-                terms.pop(other_choice.variable, None)
-        terms[choice.variable] = terms.get(choice.variable, 0) + item.replay_bytes
-        yield terms
+def _while_replaying(item: Item, base: Terms) -> Iterable[Terms]:
+    """An item's replay, just before the operation that needs it: values that are not saved are there as well."""
+    for choice in item.choices:
+        if choice.action is Action.RECOMPUTE:
+            yield {**base, choice.variable: base.get(choice.variable, 0) + item.replay_bytes}
 
 
 def _uncovered(

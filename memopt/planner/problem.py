@@ -61,7 +61,7 @@ class Choice:
 class Item:
     """A saved storage whose fate the policy decides; ``readers`` are the items whose replay reads it.
 
-    Its own replay ends with operation ``replay_last`` and needs ``replay_bytes`` for values that are not saved.
+    Backward needs it at ``first_need``; its own replay takes ``replay_bytes`` for values that are not saved.
     """
 
     index: int
@@ -69,17 +69,26 @@ class Item:
     token_wise: bool
     choices: tuple[Choice, ...]
     readers: tuple[int, ...]
-    replay_last: int | None
+    first_need: int
     replay_bytes: int
 
 
 @dataclass(frozen=True)
 class Resource:
-    """Something that several choices share: an operation to replay (``seconds``) or a storage to pin (``spans``)."""
+    """Something that several choices share: an operation to replay (``seconds``), bytes that they hold (``spans``)."""
 
     variable: int
     seconds: float
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Together:
+    """Resource ``variable`` is taken when each of the groups has a variable that is, and when resource ``after`` is."""
+
+    variable: int
+    groups: tuple[tuple[int, ...], ...]
+    after: int | None
 
 
 @dataclass(frozen=True)
@@ -96,16 +105,16 @@ class Moments:
 class BlockItems:
     """The decisions in one block call: ``block`` is its place in the trace, ``group`` its kind.
 
-    In the ``quiet`` span of operations it holds its choices' held bytes and nothing else; it replays at ``replay_at``.
+    In the ``quiet`` span of operations it holds its choices' held bytes and nothing else.
     """
 
     block: int
     group: int
     items: tuple[Item, ...]
     resources: tuple[Resource, ...]
+    together: tuple[Together, ...]
     moments: Moments
     quiet: tuple[int, int]
-    replay_at: int
 
 
 @dataclass(frozen=True)

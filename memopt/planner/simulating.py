@@ -8,9 +8,9 @@ The runtime's rules, as this simulation knows them:
 - Copies without overlap hold up the step, out when the storage goes, in at its first need. With overlap they run on two
   links of their own; what a block swaps has left when the next block's forward ends, and its return is begun when the
   backward of the block behind it begins; whoever comes too early waits.
-- The first need of any recomputed storage in a block's backward replays the operations that all recomputed storages of
-  the block take. Everything they write that was not saved goes again when it went in forward, at the latest when the
-  replay ends. What a replay reads from outside the block stays until then.
+- A recomputed storage comes back at its first need by replaying the operations that it takes, back to what is kept or
+  can be loaded; what that brings back on the way stays as long as another replay or its own backward will read it. The
+  block's inputs stay until its last recomputed storage is gone, and so do the kept storages that its replay reads.
 - A compressed copy lives from the storage's last use in forward to its death; the storage returns at its first need.
 """
 
@@ -19,10 +19,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from memopt.planner.actions.compress import FORMAT_BITS
 from memopt.planner.plan_file import Timeline
 from memopt.planner.problem import Rates
+from memopt.planner.replay_model import ReplayModel
 from memopt.planner.values import Action, Block, BlockPlan, Category, Op, StorageAction, Trace
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -66,7 +68,7 @@ def thin(moments: list[tuple[float, tuple[int, ...]]], most: int) -> list[tuple[
     if len(moments) <= most:
         return moments
     edges = [len(moments) * n // most for n in range(most + 1)]
-    return [max(moments[a:b], key=lambda m: sum(m[1])) for a, b in zip(edges, edges[1:], strict=False)]
+    return [max(moments[a:b], key=lambda m: sum(m[1])) for a, b in pairwise(edges)]
 
 
 @dataclass
@@ -104,9 +106,8 @@ class _Player:
         self.clock = self.out_free = self.in_free = 0.0
         self.away_bytes = 0
         self.saved: dict[int, _Saved] = {}
-        self.replayed: set[int] = set()
-        self.pins: defaultdict[int, set[int]] = defaultdict(set)
-        self.cones: dict[int, list[Op]] = {}
+        self.models: dict[int, ReplayModel] = {}
+        self.held_until: dict[int, int] = {}
         self.touches: defaultdict[int, list[int]] = defaultdict(list)
         for op in trace.ops:
             for storage in {*op.reads, *op.writes}:
@@ -134,32 +135,22 @@ class _Player:
                 self.saved[saved.storage] = _Saved(n, saved.index, parts, max(uses, default=0) + 1)
 
     def _plan_replays(self) -> None:
-        """Which operations each block replays, and which outside storages must wait for it."""
+        """What each block replays, and what must stay alive for it."""
         for n, block in enumerate(self.trace.blocks):
-            wanted = [s for s, saved in self.saved.items() if saved.block == n and saved.share(Action.RECOMPUTE)]
-            if wanted:
-                self.cones[n] = self._cone(block, wanted)
+            own = {s.storage for s in block.saved}
+            wanted = {s for s, saved in self.saved.items() if saved.block == n and saved.share(Action.RECOMPUTE)}
+            if not wanted:
+                continue
+            model = self.models[n] = ReplayModel(self.trace, block, wanted, {s for s in own if self._feeds(s)})
+            if model.unwritten:
+                self._break(block, f"recomputes storage {min(model.unwritten)}, which none of its operations writes")
+                continue
+            for s in wanted:
+                for pinned in (*block.inputs, *model.sources(s)):
+                    self._hold_until(pinned, self.storages[s].death)
 
-    def _cone(self, block: Block, wanted: list[int]) -> list[Op]:
-        """The operations that must run again, backwards from the last one: those that write what is wanted."""
-        ops = self.trace.ops[block.forward[0] : block.forward[1]]
-        inside = {s for op in ops for s in op.writes if self.storages[s].birth >= block.forward[0]}
-        exact = {s.storage for s in block.saved if self._feeds(s.storage)} & inside
-        lost, cone = set(wanted), []
-        unwritten = lost - inside
-        if unwritten:
-            self._break(block, f"recomputes storage {min(unwritten)}, which no operation of the block writes")
-        overwritten: set[int] = set()
-        for op in reversed(ops):
-            if lost.intersection(op.writes):
-                cone.append(op)
-                for read in op.reads:
-                    if read not in inside:
-                        self.pins[read].add(self.trace.blocks.index(block))
-                    elif read not in exact or read in overwritten or read in op.writes:
-                        lost.add(read)
-            overwritten.update(op.writes)
-        return cone[::-1]
+    def _hold_until(self, storage: int, time: int) -> None:
+        self.held_until[storage] = max(self.held_until.get(storage, self.storages[storage].death), time)
 
     def _feeds(self, storage: int) -> bool:
         """Whether a replay may read the saved bytes: kept, or copied without loss."""
@@ -174,7 +165,7 @@ class _Player:
         for storage in trace.storages:
             if storage.birth < storage.death and storage.birth < last:
                 births[max(storage.birth, 0)].append(storage.id)
-                deaths[storage.death].append(storage.id)
+                deaths[self.held_until.get(storage.id, storage.death)].append(storage.id)
         for storage_id, saved in self.saved.items():
             leaving[saved.forward_end].append(storage_id)
         for op in trace.ops:
@@ -195,10 +186,9 @@ class _Player:
 
     def _release(self, dying: list[int], leaving: list[int]) -> None:
         for storage in dying:
-            if any(n not in self.replayed for n in self.pins.get(storage, ())):
-                continue
             self._drop(("storage", storage))
             self._drop(("copy", storage))
+            self._drop(("again", storage))
         for storage in leaving:
             self._leave(storage, self.saved[storage])
 
@@ -272,8 +262,9 @@ class _Player:
         if saved.present or not saved.gone:
             return
         if saved.share(Action.RECOMPUTE):
-            self._replay(saved.block, op)
-        self._return(storage, saved)
+            self._replay(storage, saved, op)
+        else:
+            self._return(storage, saved)
 
     def _return(self, storage: int, saved: _Saved) -> None:
         """Brings back what was swapped or compressed."""
@@ -291,37 +282,24 @@ class _Player:
         kept = int(size * saved.share(Action.KEEP))
         self._resize(("storage", storage), storage, size - kept)
 
-    def _replay(self, n: int, op: Op) -> None:
-        """Runs the block's operations that are needed again; every recomputed storage of the block is back after it."""
-        if n in self.replayed:
-            return
-        block, cone = self.trace.blocks[n], self.cones[n]
-        inputs = {read for replayed in cone for read in replayed.reads}
-        for storage in sorted(inputs):
-            saved = self.saved.get(storage)
-            if saved is not None and saved.block == n and saved.gone and self._feeds(storage):
-                self._return(storage, saved)
-        wanted = {s for s, saved in self.saved.items() if saved.block == n and saved.share(Action.RECOMPUTE)}
-        for replayed in cone:
-            for storage in replayed.writes:
-                if storage in wanted:
-                    self.saved[storage].present = True
-                    self._resize(("storage", storage), storage, self.storages[storage].bytes)
-                elif self.storages[storage].birth >= block.forward[0]:
-                    self._hold(("again", storage), storage)
-            self._measure(op.index, f"replay of {replayed.name}")
-            spent = self.rates.seconds(replayed.flops, replayed.bytes_read + replayed.bytes_written)
+    def _replay(self, storage: int, saved: _Saved, op: Op) -> None:
+        """Runs the operations that the storage takes."""
+
+        def load(source: int) -> None:
+            other = self.saved.get(source)
+            if other is not None and other.gone:
+                self._return(source, other)
+
+        def run(again: Op, made: list[int]) -> None:
+            for new in made:
+                self._hold(("again", new), new)
+            self._measure(op.index, f"replay of {again.name}")
+            spent = self.rates.seconds(again.flops, again.bytes_read + again.bytes_written)
             self.clock += spent
             self.found.recompute_seconds += spent
-            for kind, storage in list(self.held):
-                if kind == "again" and self.storages[storage].death <= replayed.index + 1:
-                    self._drop((kind, storage))
-        for key in [key for key in self.held if key[0] == "again"]:
-            self._drop(key)
-        self.replayed.add(n)
-        for storage, waiting in self.pins.items():
-            if n in waiting and self.storages[storage].death <= op.index and waiting <= self.replayed:
-                self._drop(("storage", storage))
+
+        self.models[saved.block].need(storage, load, run, lambda old: self._drop(("again", old)))
+        saved.present = True
 
     def _hold(self, key: tuple[str, int], storage: int, size: int | None = None) -> None:
         self._resize(key, storage, self.storages[storage].bytes if size is None else size)

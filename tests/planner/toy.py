@@ -73,9 +73,9 @@ class Script:
 def transformer(
     layers: int = 3, unit: int = 1000, logits: int = 4, flops: int = 10**6, optimizer: int = 2, weight: int = 2
 ) -> Trace:
-    """Blocks of norm, matmul (3 units), attention, matmul, norm, up (4), gelu (4), down; every result saved but the sums.
+    """Blocks of norm, matmul (3 units), attention, matmul, norm, up (4), gelu (4), down; all saved but the sums.
 
-    Sizes are multiples of ``unit`` bytes; each block has weights of ``weight`` and optimizer state of ``optimizer`` units.
+    Sizes are multiples of ``unit`` bytes; each block has ``weight`` units of weights and ``optimizer`` of state.
     """
     s = Script()
     F, B = Phase.FORWARD, Phase.BACKWARD
@@ -117,9 +117,7 @@ def transformer(
         d = s.op("attention_backward", B, [d, qkv, attention], 3 * unit, flops=5 * flops, category=T)
         d = s.op("qkv_backward", B, [d, norm, w], unit, writes=[dw], flops=6 * flops, category=T)
         g = s.op("norm_backward", B, [d, x, g], unit, category=T)
-        saved = tuple(
-            SavedStorage(i, v, s.size(v), 0, v not in (qkv, attention)) for i, v in enumerate(made[k][2])
-        )
+        saved = tuple(SavedStorage(i, v, s.size(v), 0, v not in (qkv, attention)) for i, v in enumerate(made[k][2]))
         blocks.append(Block(f"blocks.{k}", 0, 0, forward, (start, len(s.ops)), (x,), (y,), saved, "toy-block"))
     for dw in gradients:
         s.alive_until(dw, len(s.ops))

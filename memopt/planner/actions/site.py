@@ -11,10 +11,9 @@ from memopt.planner.problem import Rates, Span
 class Site:
     """One saved storage as the actions see it; times are operation indices.
 
-    It is written from ``birth`` on, forward lets go of it at ``forward_end``, backward first needs it at ``first_need``
-    and lets go at ``death``. With overlapped copies it has left by ``leave`` and starts to come back at ``arrive``. The
-    block replays at ``replay_at`` at the earliest. ``replay_seconds`` is what its replay costs beside the shared
-    ``replay_needs``; ``None`` where it cannot be replayed. ``feeds_replay`` says that some replay may read it.
+    It is written from ``birth`` on, forward lets go of it at ``forward_end``, backward needs it from ``first_need`` to
+    ``death``. With overlapped copies it has left by ``leave`` and starts to come back at ``arrive``.
+    ``replay_seconds`` is what its replay costs beside the shared ``replay_needs``; ``None`` where none is possible.
     """
 
     bytes: int
@@ -25,10 +24,8 @@ class Site:
     death: int
     leave: int
     arrive: int
-    replay_at: int
     replay_seconds: float | None
     replay_needs: tuple[int, ...]
-    feeds_replay: bool
     rates: Rates
 
 

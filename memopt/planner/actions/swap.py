@@ -20,8 +20,7 @@ def choices(site: Site) -> list[Choice]:
     if rates.overlap:
         leaves, returns, seconds = max(site.forward_end, site.leave), min(site.arrive, site.first_need), 0.0
     else:
-        leaves = site.forward_end
-        returns = min(site.first_need, site.replay_at) if site.feeds_replay else site.first_need
+        leaves, returns = site.forward_end, site.first_need
         seconds = site.bytes / rates.swap_out_bytes_per_second + site.bytes / rates.swap_in_bytes_per_second
     spans = resident(site.bytes, (site.birth, leaves), (returns, site.death))
     return [Choice(-1, Action.SWAP, None, spans, 0, site.bytes, seconds, (), True)]

@@ -59,4 +59,3 @@ class Program:
         unit = self.unit_seconds
         terms = [(self.choices[c.variable], c.seconds / unit) for i in block.items for c in i.choices if c.seconds]
         return terms + [(self.resources[r.variable], r.seconds / unit) for r in block.resources if r.seconds]
-

@@ -1,8 +1,8 @@
 """Solves the policy program: the bundled CBC through PuLP, with every way in which a solver may fail handled.
 
-A program is solved as a linear one first, which gives a lower bound. Variables that it leaves at 0 or 1 are fixed there,
-and the few others are solved in integers. Where that leaves a gap, every variable whose reduced cost is within the gap is
-set free again and the program solved once more, which proves the answer. Answers are rounded to exact integers.
+A program is solved as a linear one first, which gives a lower bound. Variables that it leaves at 0 or 1 are fixed
+there, and the few others are solved in integers. Where that leaves a gap, every variable whose reduced cost is within
+the gap is set free again and the program solved once more, which proves the answer. Answers are rounded to integers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from memopt.planner.values import Status
 
 GAP = 1e-4  # of the step's seconds: far less than any model of a device can tell apart
 TRAFFIC_LIMIT = 2.0  # seconds spent on swapping less at no loss of time
+PROOF_LIMIT = 3.0  # seconds spent on proving an answer that is there already
 NEAR = 1e-6  # a relaxed variable so close to an integer counts as one
 
 
@@ -30,7 +31,7 @@ class SolverError(RuntimeError):
 
 @dataclass(frozen=True)
 class Solution:
-    """The choices taken (their variables), the objective in seconds and a lower bound on it, and how it was obtained."""
+    """The variables of the choices taken, the seconds they add, a lower bound on those, and how it was obtained."""
 
     status: Status
     taken: frozenset[int]
@@ -114,7 +115,7 @@ class _Run:
         return replace(least, status=answer.status, bound_seconds=answer.bound_seconds)
 
     def _minimise(self, prove: bool = True) -> tuple[Status, str]:
-        """Solves for the objective as it stands; ``self.bound`` becomes a lower bound of it, a close one with ``prove``."""
+        """Solves for the objective as it stands; ``self.bound`` becomes a lower bound, with ``prove`` a close one."""
         choices = list(self.program.choices.values())
         for variable in choices:
             variable.cat, variable.lowBound, variable.upBound = "Continuous", 0, 1
@@ -135,7 +136,7 @@ class _Run:
             room = best - self.bound
             free = self._fix(choices, lambda _, price: abs(price) > room, relaxed)
             try:
-                status = self._call(integer=True)
+                status = self._call(integer=True, quick=True)
             except SolverError:
                 status = Status.INFEASIBLE
             if status is Status.OPTIMAL:
@@ -169,12 +170,15 @@ class _Run:
             free += not fixed
         return free
 
-    def _call(self, integer: bool) -> Status:
+    def _call(self, integer: bool, quick: bool = False) -> Status:
         """Runs the solver on the program as it stands."""
         import pulp
 
         try:
-            limits = {"timeLimit": max(1.0, self._left()), **({"gapAbs": self.gap / 2} if integer else {})}
+            limits = {
+                "timeLimit": max(1.0, min(self._left(), PROOF_LIMIT if quick else math.inf)),
+                **({"gapAbs": self.gap / 2} if integer else {}),
+            }
             solver = pulp.getSolver(self.solver, msg=False, **limits)
             if not solver.available():
                 raise SolverError(f"solver {self.solver} cannot be run here; pip install --force-reinstall pulp")

@@ -21,7 +21,9 @@ def add(program: Program) -> None:
     problem = program.problem
     if not problem.rates.overlap:
         return
-    swapping = [k for k, block in enumerate(problem.blocks) if any(c.swap_bytes for i in block.items for c in i.choices)]
+    swapping = [
+        k for k, block in enumerate(problem.blocks) if any(c.swap_bytes for i in block.items for c in i.choices)
+    ]
     tau = _clock(program)
     out_rate = problem.rates.swap_out_bytes_per_second * program.unit_seconds
     in_rate = problem.rates.swap_in_bytes_per_second * program.unit_seconds
