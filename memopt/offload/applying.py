@@ -70,6 +70,10 @@ class Handle:
             for planned in self.blocks:
                 planned.calls = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """A copy of the model carries the model's hook along; it belongs to this model still, and does nothing there."""
+        return self
+
     def remove(self) -> None:
         """Put every block's own forward back. Graphs made under the plan can still run backward. Safe to repeat."""
         if self._removed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from difflib import SequenceMatcher
 from typing import Any
 from weakref import ref
 
@@ -41,6 +43,26 @@ class Policy:
     def saver(self, index: int) -> Saver:
         """What saves the storage of this index."""
         return self._savers.get(index, self._keep)
+
+    def moved(self, first: Template, other: Template) -> Policy:
+        """The same actions for calls of other shapes, in another mode, or with other parameters frozen.
+
+        The two sequences of operations are aligned; a storage gets the action of the storage that the same operation
+        made in the first kind of call, and is kept where there is none.
+        """
+        births, others = first.births(), other.births()
+        left, right = [op.func._schema.name for op in first.ops], [op.func._schema.name for op in other.ops]
+        same: dict[int, int] = {}
+        for match in SequenceMatcher(None, right, left, autojunk=False).get_matching_blocks():
+            same.update((match.a + n, match.b + n) for n in range(match.size))
+        made_by = {births[first.saved[n]]: action for n, action in self.actions.items() if first.saved[n] in births}
+        actions = {}
+        for n, storage in enumerate(other.saved):
+            number, place = others.get(storage, (-1, 0))
+            action = made_by.get((same.get(number, -1), place))
+            if action is not None:
+                actions[n] = replace(action, index=n)
+        return Policy(actions, self.tier)
 
     def compile(self, template: Template) -> Compiled:
         """Everything that later calls need, by saved tensor."""
@@ -107,7 +129,12 @@ class Call:
         template = self.recorder.template
         if index < 0 or template.kinds[template.saved[index]] is not Kind.MADE:
             return Kept(tensor, self.where)
-        return self.policy.saver(index).save(self, number, tensor)
+        # What the action does to save it is not the block's doing.
+        self.recorder.paused = True
+        try:
+            return self.policy.saver(index).save(self, number, tensor)
+        finally:
+            self.recorder.paused = False
 
     def leave(self, compiled: Compiled) -> None:
         """Forward is over: tie what will be recomputed to what it will be recomputed from."""

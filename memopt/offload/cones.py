@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from memopt.offload.template import Kind, Template, Value
 
-
 _SMALL_BYTES = 2**16
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memopt.offload.ambient import Generators, random_states, set_random_states
-from memopt.offload.trees import with_operands
+from memopt.offload.template import Layout
 
 if TYPE_CHECKING:
     from memopt.offload.tape import Node, Tape
@@ -71,21 +71,23 @@ class Draws:
         if self._moved_on(node, ordinal):
             self._states.append(random_states(self._generators))
         elif node.func._schema.name in _DUMMY:
-            dummies = [
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).zero_() for t in node.tensors
-            ]
-            args, kwargs = with_operands(node.args, node.kwargs, dummies)
-            node.func(*args, **kwargs)
+            args, kwargs = node.filled(_zeros(hole.layout) for hole in node.holes)
+            if node.holes or not isinstance(next(iter(args), None), Tensor):
+                node.func(*args, **kwargs)
             self._states.append(random_states(self._generators))
         else:
             # Draws depend on data: nothing short of running it tells how many.
             tape.run(self._numbers[ordinal])
 
     def _moved_on(self, node: Node, ordinal: int) -> bool:
-        device = node.tensors[0].device if node.tensors else torch.device("cpu")
+        device = node.holes[0].layout.device if node.holes else torch.device("cpu")
         offset = self._offsets[ordinal] if ordinal < len(self._offsets) else 0
         if device.type != "cuda" or not offset or len(self._generators) != 1:
             return False
         generator = self._generators[0]
         generator.set_offset(generator.get_offset() + offset)
         return True
+
+
+def _zeros(layout: Layout) -> Tensor:
+    return torch.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device).zero_()

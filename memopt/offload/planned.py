@@ -17,7 +17,7 @@ from memopt.offload.checking import check_call
 from memopt.offload.recording import Recorder, copy_of_storage
 from memopt.offload.replaying import replaying
 from memopt.offload.session import Origin
-from memopt.offload.template import Kind
+from memopt.offload.template import Kind, Template
 from memopt.planner.values import BlockPlan
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class PlannedForward:
         self.own: Callable[..., Any] = block.forward
         self.was_attribute = "forward" in block.__dict__
         self.calls = 0
-        self._variants: list[dict[Any, Compiled]] = [{} for _ in plans]
+        self._variants: list[dict[Any, tuple[Compiled, Policy]]] = [{} for _ in plans]
+        self._templates: list[Template | None] = [None for _ in plans]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if replaying():
@@ -60,13 +61,14 @@ class PlannedForward:
             return self.own(*args, **kwargs)
         variants = self._variants[number]
         key = (self.block.training, *_shapes(args), *(_shapes(kwargs.values()) if kwargs else ()))
-        compiled = variants.get(key)
-        if compiled is None:
+        known = variants.get(key)
+        if known is None:
             return self._first(number, key, planned, args, kwargs)
+        compiled, policy = known
         if compiled.idle:
             return self.own(*args, **kwargs)
         origin = Origin(self.block, self._where(number), self.own, args, kwargs)
-        call = Call(origin, planned[1], compiled)
+        call = Call(origin, policy, compiled)
         if compiled.needs.random:
             origin.generators = compiled.template.generators
             origin.states = random_states(origin.generators)
@@ -85,25 +87,34 @@ class PlannedForward:
     ) -> Any:
         """The first call of a kind: recorded while it runs, and checked against the plan."""
         plan, policy = planned
+        first = self._templates[number]
+        # A later kind of call keeps everything once; until it has been seen, the plan's indices mean nothing for it.
+        used = policy if first is None else Policy({}, policy.tier)
         origin = Origin(self.block, self._where(number), self.own, args, kwargs)
-        call = Call(origin, policy, None)
-        recorder = call.recorder = Recorder(self._known(origin), keep_copies=policy.recomputes)
+        call = Call(origin, used, None)
+        recorder = call.recorder = Recorder(self._known(origin), keep_copies=used.recomputes)
         with autocast(origin.autocast), saved_tensors_hooks(call.pack, unpack), recorder:
             output = self.own(*args, **kwargs)
         template = recorder.finish()
-        variants = self._variants[number]
         try:
-            check_call(plan, template, first=not variants)
+            check_call(plan, template, first is None)
         except ValueError:
             self.handle.remove()
             raise
-        compiled = policy.compile(template)
+        compiled = used.compile(template)
         origin.generators = template.generators
         origin.states = [recorder.generator_states[id(g)] for g in template.generators]
         origin.copies = {s: c for s, c in recorder.copies.items() if s in compiled.needs.copies}
-        if len(variants) < _MAX_VARIANTS:
-            variants[key] = compiled
         call.leave(compiled)
+        variants = self._variants[number]
+        if len(variants) >= _MAX_VARIANTS:
+            variants.clear()
+        if first is None:
+            self._templates[number] = template
+            variants[key] = (compiled, policy)
+        else:
+            moved = policy.moved(first, template)
+            variants[key] = (moved.compile(template), moved)
         return output
 
     def _known(self, origin: Origin) -> list[tuple[Tensor, Kind, Any]]:

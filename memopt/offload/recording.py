@@ -84,6 +84,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, known: Iterable[tuple[Tensor, Kind, Any]], keep_copies: bool) -> None:
         super().__init__()
         self.template = Template()
+        self.paused = False
         self.copies: dict[int, Tensor] = {}
         self._keep_copies = keep_copies
         self._numbers: dict[int, tuple[int, StorageWeakRef]] = {}
@@ -139,6 +140,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         tensors = operands(args, kwargs)
         written = written_positions(func, args, kwargs, tensors)
         reads = tuple(self.value(tensor) for tensor in tensors)

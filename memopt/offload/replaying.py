@@ -22,7 +22,7 @@ from memopt.offload.ambient import no_autocast
 from memopt.offload.errors import ReplayError
 from memopt.offload.recording import written_positions
 from memopt.offload.standin import StandIn, stand_in
-from memopt.offload.tape import Chain, Key, Node, Tape
+from memopt.offload.tape import Chain, Hole, Key, Node, Tape
 from memopt.offload.template import Layout, OpTemplate, Template
 from memopt.offload.trees import constants, operands, with_operands
 
@@ -169,17 +169,21 @@ class Replayer(TorchDispatchMode):
         fresh: list[tuple[int, Chain]],
         random: bool,
     ) -> Node:
-        reads: list[Key | None] = [(t.chain, t.chain.version) if isinstance(t, StandIn) else None for t in tensors]
-        changed: list[tuple[int, Chain, int]] = []
+        holes = [Hole((t.chain, t.chain.version), Layout.of(t)) for t in tensors if isinstance(t, StandIn)]
+        source = iter(holes)
+        new_args, new_kwargs = with_operands(
+            args, kwargs, [next(source) if isinstance(t, StandIn) else t for t in tensors]
+        )
+        changed: list[Key] = []
         for position in written:
             tensor = tensors[position]
-            if all(chain is not tensor.chain for _, chain, _ in changed):
+            if isinstance(tensor, StandIn) and (tensor.chain, tensor.chain.version) not in changed:
                 tensor.chain.version += 1
-                changed.append((position, tensor.chain, tensor.chain.version))
+                changed.append((tensor.chain, tensor.chain.version))
         ordinal = None
         if random:
             ordinal, self._ordinal = self._ordinal, self._ordinal + 1
-        node = Node(func, args, kwargs, tensors, reads, fresh, changed, ordinal)
+        node = Node(func, new_args, new_kwargs, holes, fresh, changed, ordinal)
         self.tape.add(node)
         return node
 
@@ -217,8 +221,7 @@ class Replayer(TorchDispatchMode):
             real_writes = tuple(p for p in written if isinstance(tensors[p], StandIn))
             node = self._node(func, args, kwargs, tensors, real_writes, [], random)
             output = self.tape.run(len(self.tape.nodes) - 1)
-        node.tensors, node.args, node.kwargs = (node.tensors, node.args, node.kwargs) if real_writes else ([], (), {})
-        return self._as_given(output, tensors, node)
+        return self._as_given(output, tensors, real_writes)
 
     def _guard(self, func: Any, written: list[Tensor]) -> None:
         """Refuse to overwrite what belongs to the outside; forward has done so once already."""
@@ -232,7 +235,7 @@ class Replayer(TorchDispatchMode):
                     )
 
     @staticmethod
-    def _as_given(output: Any, tensors: list[Tensor], node: Node) -> Any:
+    def _as_given(output: Any, tensors: list[Tensor], written: tuple[int, ...]) -> Any:
         """Outputs that are, or lie over, a stand-in's storage must stay stand-ins: their chains know the writes."""
         chains = {}
         for tensor in tensors:
@@ -248,9 +251,9 @@ class Replayer(TorchDispatchMode):
             if owner is None:
                 return item
             layout = Layout.of(item)
-            for position, tensor in enumerate(tensors):
-                if any(position == p for p, _, _ in node.written) and Layout.of(tensor) == layout:
-                    return tensor
+            for position in written:
+                if Layout.of(tensors[position]) == layout:
+                    return tensors[position]
             return stand_in(layout, owner.chain)
 
         if isinstance(output, (tuple, list)):

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memopt.offload.draws import Draws
@@ -47,23 +46,31 @@ class Chain:
 Key = tuple[Chain, int]
 
 
-class Node:
-    """One recorded operation: what it reads (None for real tensors), what it makes, in place or fresh."""
+class Hole:
+    """The place of an operand that is a value of the tape; it holds on to nothing of the replayed code's graph."""
 
-    __slots__ = ("args", "done", "fresh", "func", "kwargs", "ordinal", "reads", "tensors", "written")
+    __slots__ = ("key", "layout")
+
+    def __init__(self, key: Key, layout: Layout) -> None:
+        self.key, self.layout = key, layout
+
+
+class Node:
+    """One recorded operation: its arguments with holes, and the values that it makes, fresh or in place."""
+
+    __slots__ = ("args", "done", "fresh", "func", "holes", "kwargs", "ordinal", "written")
 
     def __init__(
         self,
         func: Any,
         args: Any,
         kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        reads: list[Key | None],
+        holes: list[Hole],
         fresh: list[tuple[int, Chain]],
-        written: list[tuple[int, Chain, int]],
+        written: list[Key],
         ordinal: int | None,
     ) -> None:
-        self.func, self.args, self.kwargs, self.tensors, self.reads = func, args, kwargs, tensors, reads
+        self.func, self.args, self.kwargs, self.holes = func, args, kwargs, holes
         self.fresh, self.written, self.ordinal = fresh, written, ordinal
         self.done = False
 
@@ -71,8 +78,15 @@ class Node:
         """The values that it makes."""
         for _, chain in self.fresh:
             yield chain, 0
-        for _, chain, version in self.written:
-            yield chain, version
+        yield from self.written
+
+    def reads(self) -> Iterable[Key]:
+        """The values that it reads, one by one."""
+        return (hole.key for hole in self.holes)
+
+    def filled(self, tensors: Iterable[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Its arguments, the holes filled in order."""
+        return with_operands(self.args, self.kwargs, tensors, Hole)
 
 
 class Tape:
@@ -108,10 +122,9 @@ class Tape:
             node = self.nodes[number]
             if node.done or not any(key in need and not key[0].available(key[1]) for key in node.makes()):
                 continue
-            for read in node.reads:
-                if read is not None:
-                    self._uses[read] += 1
-                    need.add(read)
+            for read in node.reads():
+                self._uses[read] += 1
+                need.add(read)
         for node in self.nodes:
             for key in node.makes():
                 self._drop_unused(key)
@@ -151,19 +164,16 @@ class Tape:
                 raise LookupError("a value from before the block changed it, of which there is no copy")
             if number not in found:
                 found.add(number)
-                todo.extend(read for read in self.nodes[number].reads if read is not None)
+                todo.extend(self.nodes[number].reads())
         return sorted(found)
 
     def run(self, number: int) -> Any:
         """Run one operation, whose inputs are there or can be had; returns what the operator returned."""
         node = self.nodes[number]
-        for position, chain, version in node.written:
-            self._take_over(node, position, chain, version)
-        real = [
-            tensor if read is None else Layout.of(tensor).over(self._input(node, read))
-            for tensor, read in zip(node.tensors, node.reads, strict=True)
-        ]
-        args, kwargs = with_operands(node.args, node.kwargs, real)
+        for key in node.written:
+            self._take_over(node, key)
+        real = [hole.layout.over(self._input(node, hole.key)) for hole in node.holes]
+        args, kwargs = node.filled(real)
         if node.ordinal is None:
             output = node.func(*args, **kwargs)
         else:
@@ -174,26 +184,22 @@ class Tape:
         for place, chain in node.fresh:
             chain.values[0] = items[place]
             chain.owned.add(0)
-        for read in node.reads:
-            if read is not None:
-                self.release(read)
+        for read in node.reads():
+            self.release(read)
         for key in node.makes():
             self._drop_unused(key)
         return output
 
     def _input(self, node: Node, read: Key) -> Tensor:
         """The value that an operand has when the operation runs; what it overwrites is already the next version."""
-        for _, chain, version in node.written:
-            if read == (chain, version - 1):
-                return chain.values[version]
-        return self.get(read)
+        chain, version = read
+        return chain.values[version + 1] if (chain, version + 1) in node.written else self.get(read)
 
-    def _take_over(self, node: Node, position: int, chain: Chain, version: int) -> None:
+    def _take_over(self, node: Node, key: Key) -> None:
         """Turn the version before into the buffer that the operation will overwrite."""
-        if version in chain.values:
-            return
+        chain, version = key
         before = self.get((chain, version - 1))
-        mine = sum(read == (chain, version - 1) for read in node.reads)
+        mine = sum(read == (chain, version - 1) for read in node.reads())
         free = self._counted and self._uses[chain, version - 1] <= mine and version - 1 in chain.owned
         chain.values[version] = before if free else copy_of_storage(before)
         chain.owned.add(version)
@@ -207,5 +213,5 @@ class Tape:
             for chain, _ in node.makes():
                 chain.values.clear()
                 chain.loaders.clear()
-            node.tensors, node.args, node.kwargs, node.reads = [], (), {}, []
+            node.args, node.kwargs, node.holes = (), {}, []
         self.nodes.clear()

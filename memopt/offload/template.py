@@ -112,6 +112,15 @@ class Template:
     generators: tuple[torch.Generator, ...] = ()
     signature: str = ""
 
+    def births(self) -> dict[int, tuple[int, int]]:
+        """For each storage made in the call: the operation that makes it, and which of its outputs it is."""
+        found: dict[int, tuple[int, int]] = {}
+        for number, op in enumerate(self.ops):
+            for place, (storage, version) in enumerate(op.made):
+                if version == 0:
+                    found[storage] = (number, place)
+        return found
+
     def mutated_outside(self) -> list[int]:
         """Storages from outside that the call writes."""
         return [s for s, kind in enumerate(self.kinds) if kind is not Kind.MADE and self.versions[s] > 0]

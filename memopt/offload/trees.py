@@ -21,16 +21,16 @@ def operands(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def with_operands(
-    args: Iterable[Any], kwargs: dict[str, Any], new: Iterable[Tensor]
+    args: Iterable[Any], kwargs: dict[str, Any], new: Iterable[Any], kind: type = Tensor
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The same arguments with the tensors replaced, in order."""
+    """The same arguments with the tensors (or whatever is of that kind) replaced, in order."""
     source = iter(new)
 
     def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, kind):
             return next(source)
         if isinstance(value, (list, tuple)):
-            return [next(source) if isinstance(item, Tensor) else item for item in value]
+            return [next(source) if isinstance(item, kind) else item for item in value]
         return value
 
     return [one(value) for value in args], {name: one(value) for name, value in kwargs.items()}

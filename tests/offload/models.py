@@ -147,9 +147,7 @@ def templates(case: Case, model: nn.Module, inputs: tuple[Any, ...]) -> dict[tup
     with apply(model, plan) as handle:
         step_loss(case, model, inputs)
         found = {
-            (planned.path, n): next(iter(variant.values())).template
-            for planned in handle.blocks
-            for n, variant in enumerate(planned._variants)
+            (planned.path, n): template for planned in handle.blocks for n, template in enumerate(planned._templates)
         }
     model.load_state_dict(state)
     torch.set_rng_state(rng)
