@@ -107,13 +107,15 @@ class Batch:
         group: the parameter group's options.
         step: how many steps these parameters have taken, this one included.
         grad_scale: what rules multiply gradients by: -1 to maximise.
-        slots: the parameters.
+        params: the optimizer's parameters.
+        slots: how they are updated: a slot may hold a gathered copy of a sharded parameter.
         grads: one gradient per slot.
     """
 
     group: Mapping[str, Any]
     step: int
     grad_scale: float
+    params: list[Tensor] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
@@ -124,8 +126,8 @@ class Batch:
     def each(self) -> list[Batch]:
         """One batch per slot, for rules whose scalars differ by parameter."""
         return [
-            Batch(self.group, self.step, self.grad_scale, [slot], [grad])
-            for slot, grad in zip(self.slots, self.grads, strict=True)
+            Batch(self.group, self.step, self.grad_scale, [param], [slot], [grad])
+            for param, slot, grad in zip(self.params, self.slots, self.grads, strict=True)
         ]
 
     def run(

@@ -13,7 +13,7 @@ from memopt.optim import checkpoint, checks, sharding
 from memopt.optim.batch import Batch, Slot
 from memopt.optim.coverage import All, Coverage
 from memopt.optim.formats import StateFormat, get_format
-from memopt.optim.layout import MIN_LOW_BIT_SIZE
+from memopt.optim.layout import MIN_LOW_BIT_SIZE, Extent, is_flat
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -130,6 +130,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             for slot in batch.slots:
                 slot.stored["step"] = batch.step
             self.update(batch)
+            for param, slot in zip(batch.params, batch.slots, strict=True):
+                if slot.param is not param:
+                    sharding.scatter(slot.param, param)
         return loss
 
     def state_bytes(self) -> int:
@@ -158,7 +161,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not grads:
             return False
         largest = torch.stack([g.abs().amax().float().cpu() for g in grads if g.numel()] or [torch.zeros(())])
-        if bool(torch.isfinite(largest).all()):
+        bad = (~torch.isfinite(largest).all()).float()
+        for param in (param for group in self.param_groups for param in group["params"]):
+            if sharding.is_sharded(param):  # ranks see different parts and must decide alike
+                sharding.reduce_max(bad := bad.to(sharding.local_of(param).device), param)
+                break
+        if not bad:
             return False
         for group in self.param_groups:
             group["skipped_steps"] += 1
@@ -170,6 +178,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         chosen = get_format(group["state"])
         if chosen.block and extent.numel < MIN_LOW_BIT_SIZE:
             chosen = get_format("fp32")
+        if chosen.block and sharding.is_sharded(param) and is_flat(extent, chosen.block):
+            # one flat row, whose blocks would not end where the parts do: every rank keeps the whole state
+            param = sharding.stand_in(param)
+            extent = Extent(tuple(param.shape), tuple(param.shape))
         return Slot(param, number, extent, self.states(group, param), chosen, stored)
 
     def initial_values(self, group: Mapping[str, Any]) -> Mapping[str, float]:
@@ -204,12 +216,15 @@ class RuleOptimizer(torch.optim.Optimizer):
                 slot = self.slot(number, group, param, self.state[param])
                 if "step" not in slot.stored:
                     self._initialise(slot, group)
+                if slot.param is not param:
+                    slot.param, grad = sharding.gather(param), sharding.gather(grad)
                 step = slot.stored["step"] + 1
                 names = tuple([spec.name for spec in slot.specs])
                 key = (index, step, names, slot.format.name, param.dtype, grad.dtype, param.device)
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = Batch(group, step, grad_scale)
+                batch.params.append(param)
                 batch.slots.append(slot)
                 batch.grads.append(grad)
         return list(batches.values())

@@ -102,6 +102,26 @@ def like(param: Tensor, local: Tensor, shape: Shape) -> Tensor:
     )
 
 
+def stand_in(param: Tensor) -> Tensor:
+    """An ordinary tensor like the whole of a sharded one, of no memory, for what only its shape and device decide."""
+    local = local_of(param)
+    return torch.zeros((), dtype=local.dtype, device=local.device).expand(param.shape)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor as a new ordinary one; one all-gather, in which all its ranks must take part."""
+    return cast(Tensor, cast(Any, tensor).full_tensor()).detach().clone()
+
+
+def scatter(whole: Tensor, param: Tensor) -> None:
+    """Copy from the whole of a parameter, known to every rank, the part held here; nothing is communicated."""
+    one = cast(Any, param)
+    local, offset = _place(tuple(param.shape), one.device_mesh, tuple(one.placements))
+    for dimension, (size, start) in enumerate(zip(local, offset, strict=True)):
+        whole = whole.narrow(dimension, min(start, whole.shape[dimension] - size), size)
+    local_of(param).copy_(whole)
+
+
 def _reduce(value: Tensor, param: Tensor, operation: Any) -> Tensor:
     if is_sharded(param):
         one = cast(Any, param)
