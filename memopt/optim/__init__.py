@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from memopt.optim.conversion import convert
 from memopt.optim.coverage.block_coordinate import BlockCoordinate
 from memopt.optim.coverage.split import Split
 from memopt.optim.formats import StateFormat
@@ -13,7 +14,7 @@ from memopt.optim.registry import make, optimizers
 
 globals().update(optimizers())
 
-__all__ = ["BlockCoordinate", "RuleOptimizer", "Split", "StateFormat", "make", "release_gradients"]
+__all__ = ["BlockCoordinate", "RuleOptimizer", "Split", "StateFormat", "convert", "make", "release_gradients"]
 __all__ += optimizers()
 __all__.sort()
 

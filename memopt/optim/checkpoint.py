@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 HEADER = ("rule", "version", "skipped_steps")
-_TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+OWN_OPTIONS = ("state", "param_rounding", "seed", "skip_nonfinite")
+_OF_OTHERS = ("initial_lr", "param_names")  # what schedulers and torch itself add to groups
 
 
 def header(rule: str) -> dict[str, Any]:
@@ -111,8 +112,9 @@ def _differences(optimizer: RuleOptimizer, own: Mapping[str, Any], saved: Mappin
 
 
 def _merge(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved options over our own; parameters, and what only torch's implementations use, are left out."""
-    kept = {k: deepcopy(v) for k, v in saved.items() if k != "params" and (k in own or k not in _TORCH_ONLY)}
+    """The saved options over our own; of another library's groups only those that mean something here."""
+    ours = "rule" in saved
+    kept = {k: deepcopy(v) for k, v in saved.items() if k != "params" and (ours or k in own or k in _OF_OTHERS)}
     return {**own, **kept, "params": own["params"]}
 
 

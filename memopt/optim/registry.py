@@ -10,7 +10,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +48,12 @@ def optimizers() -> dict[str, type[RuleOptimizer]]:
                     short = _short(value, state)
                     found[short.__name__] = short
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def rules_by_name() -> dict[str, Callable[..., RuleOptimizer]]:
+    """The class of each rule by the name that state dicts carry: ``adamw``, ``lion``, ..."""
+    return {one.rule: one for one in optimizers().values() if one.__module__ != "memopt.optim"}
 
 
 @functools.lru_cache(maxsize=1)

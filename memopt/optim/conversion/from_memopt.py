@@ -1,0 +1,60 @@
+"""memopt's own optimizers, of any format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.optim.checkpoint import HEADER, OWN_OPTIONS
+from memopt.optim.conversion.plain import Library, StateDict, mapped, step_tensor
+from memopt.optim.formats import get_format
+from memopt.optim.registry import rules_by_name
+
+
+def read(state_dict: Mapping[str, Any], rule: str) -> StateDict:
+    """Every state decoded; what only memopt's groups hold is left out."""
+    groups = {key: group for group in state_dict.get("param_groups", ()) for key in group["params"]}
+    found = {group.get("rule") for group in groups.values()}
+    if found != {rule}:
+        raise ValueError(f"the state dict is not one of memopt's {rule!r}: its groups say {sorted(map(str, found))}")
+    reader = rules_by_name()[rule]([torch.zeros(1, device="meta")])
+
+    def entry(stored: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        shapes = [tuple(v.shape) for k, v in stored.items() if isinstance(v, Tensor) and k != "step"]
+        shape = tuple(stored["shape"].tolist()) if "shape" in stored else (shapes or [()])[0]
+        slot = reader.slot(0, group, torch.empty(shape, device="meta"), dict(stored))
+        return {"step": step_tensor(stored["step"]), **{spec.name: slot.decode(spec) for spec in slot.specs}}
+
+    plain = mapped(state_dict, dict)
+    plain["state"] = {key: entry(stored, groups[key]) for key, stored in plain["state"].items()}
+    for group in plain["param_groups"]:
+        for name in (*HEADER, *OWN_OPTIONS):
+            group.pop(name, None)
+    return plain
+
+
+def write(plain: StateDict, rule: str, bits: int) -> StateDict:
+    """The plain form with memopt's header: the format is fp32, 8bit or 4bit by ``bits``."""
+    chosen = {32: "fp32", 16: "bf16", 8: "8bit", 4: "4bit"}[bits]
+    optimizer_class = rules_by_name()[rule]
+    state: dict[Any, Any] = {}
+    groups = []
+    for group in plain["param_groups"]:
+        params = []
+        for key in group["params"]:
+            stored = plain["state"].get(key) or {}
+            shapes = [tuple(v.shape) for k, v in stored.items() if isinstance(v, Tensor) and k != "step"]
+            params.append(torch.zeros(shapes[0] if shapes else ()))
+        optimizer = optimizer_class(params, state=get_format(chosen))
+        local = {i: plain["state"][key] for i, key in enumerate(group["params"]) if plain["state"].get(key)}
+        optimizer.load_state_dict({"state": local, "param_groups": [{**group, "params": list(range(len(params)))}]})
+        written = optimizer.state_dict()
+        state.update({group["params"][i]: stored for i, stored in written["state"].items()})
+        groups.append({**written["param_groups"][0], "params": group["params"]})
+    return {"state": state, "param_groups": groups}
+
+
+LIBRARY = Library("memopt", read, write)
