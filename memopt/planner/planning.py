@@ -39,7 +39,7 @@ def plan(
     *,
     actions: Iterable[Action | str] = DEFAULT_ACTIONS,
     time_limit: float = 15.0,
-    solver: str = "PULP_CBC_CMD",
+    solver: str = "cbc",
 ) -> Plan:
     """Decide what happens to every saved storage of a traced step, so that the step fits and costs the least seconds.
 
@@ -49,7 +49,7 @@ def plan(
         hardware: ``"auto"`` for this machine, a name from the table, a JSON file, or a ``Hardware``.
         actions: what may be done; ``"compress"`` is lossy and so only done when named.
         time_limit: seconds for all solves together; the best answer so far counts when they are over.
-        solver: PuLP's name of the solver to use.
+        solver: ``"cbc"`` (bundled), ``"highs"``, or PuLP's name of another.
 
     Returns:
         A plan that ``validate`` has passed. With status ``"infeasible"`` it has no actions, but

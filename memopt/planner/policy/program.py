@@ -32,7 +32,9 @@ class Program:
 
     def continuous(self, name: str, low: float | None = 0.0, high: float | None = None) -> Any:
         """A new continuous variable."""
-        import pulp
+        if hasattr(self.model, "add_variable"):
+            return self.model.add_variable(name, low, high)
+        import pulp  # before 3.3 variables were made on their own
 
         return pulp.LpVariable(name, low, high)
 

@@ -16,6 +16,7 @@ from typing import Any
 from memopt.planner.policy import cost
 from memopt.planner.policy.families import add_all
 from memopt.planner.policy.program import Program
+from memopt.planner.policy.solvers import SolverError, open_solver
 from memopt.planner.problem import Problem
 from memopt.planner.values import Status
 
@@ -23,10 +24,6 @@ GAP = 1e-4  # of the step's seconds: far less than any model of a device can tel
 TRAFFIC_LIMIT = 2.0  # seconds spent on swapping less at no loss of time
 PROOF_LIMIT = 3.0  # seconds spent on proving an answer that is there already
 NEAR = 1e-6  # a relaxed variable so close to an integer counts as one
-
-
-class SolverError(RuntimeError):
-    """The solver is missing, crashed, or answered nonsense; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,13 @@ class Solution:
     solve_seconds: float
 
 
-def solve(problem: Problem, time_limit: float = 15.0, solver: str = "PULP_CBC_CMD", gap: float = GAP) -> Solution:
+def solve(problem: Problem, time_limit: float = 15.0, solver: str = "cbc", gap: float = GAP) -> Solution:
     """Find the cheapest fate of every item within the budget.
 
     Args:
         problem: what to decide.
         time_limit: seconds after which the best answer so far counts.
-        solver: PuLP's name of the solver.
+        solver: ``"cbc"``, ``"highs"``, or PuLP's name of another.
         gap: share of the step's seconds within which an answer counts as optimal.
 
     Returns:
@@ -59,7 +56,7 @@ def solve(problem: Problem, time_limit: float = 15.0, solver: str = "PULP_CBC_CM
     return _Run(problem, time_limit, solver, gap, seek_peak=False).solve()
 
 
-def smallest_peak(problem: Problem, time_limit: float = 15.0, solver: str = "PULP_CBC_CMD") -> tuple[int, Solution]:
+def smallest_peak(problem: Problem, time_limit: float = 15.0, solver: str = "cbc") -> tuple[int, Solution]:
     """Find the choices with the smallest peak, and that peak in the program's own terms.
 
     The problem's positions must have been built for a budget that leaves out none that matters (0 keeps them all).
@@ -84,8 +81,8 @@ class _Run:
         unit_bytes = max(most, problem.budget_bytes or 1) / 1024
         self.program = Program(problem, pulp.LpProblem("policy", pulp.LpMinimize), unit_bytes, problem.compute_seconds)
         program = self.program
-        program.choices = {c.variable: pulp.LpVariable(f"x{c.variable}", 0, 1) for c in program.all_choices()}
-        program.resources = {r.variable: pulp.LpVariable(f"y{r.variable}", 0, 1) for r in program.all_resources()}
+        program.choices = {c.variable: program.continuous(f"x{c.variable}", 0, 1) for c in program.all_choices()}
+        program.resources = {r.variable: program.continuous(f"y{r.variable}", 0, 1) for r in program.all_resources()}
         if seek_peak:
             program.peak = program.continuous("peak")
         add_all(program)
@@ -174,17 +171,12 @@ class _Run:
         """Runs the solver on the program as it stands."""
         import pulp
 
+        limit = min(self._left(), PROOF_LIMIT) if quick else self._left()
+        solver = open_solver(self.solver, limit, self.gap / 2 if integer else None)
         try:
-            limits = {
-                "timeLimit": max(1.0, min(self._left(), PROOF_LIMIT if quick else math.inf)),
-                **({"gapAbs": self.gap / 2} if integer else {}),
-            }
-            solver = pulp.getSolver(self.solver, msg=False, **limits)
-            if not solver.available():
-                raise SolverError(f"solver {self.solver} cannot be run here; pip install --force-reinstall pulp")
             status = self.program.model.solve(solver)
         except (pulp.PulpSolverError, OSError) as error:
-            raise SolverError(f"solver {self.solver} failed: {error}") from error
+            raise SolverError(f"solver {self.solver!r} failed: {error}") from error
         if status == pulp.LpStatusInfeasible:
             return Status.INFEASIBLE
         if self.program.model.sol_status == pulp.LpSolutionOptimal:
@@ -192,7 +184,7 @@ class _Run:
         if self.program.model.sol_status == pulp.LpSolutionIntegerFeasible:
             return Status.FEASIBLE
         raise SolverError(
-            f"solver {self.solver} found nothing in time ({pulp.LpStatus[status]}); give it a longer time_limit"
+            f"solver {self.solver!r} found nothing in time ({pulp.LpStatus[status]}); give it a longer time_limit"
         )
 
     def _objective(self) -> float:
@@ -205,7 +197,7 @@ class _Run:
                 best = max(item.choices, key=lambda c: self.program.choices[c.variable].varValue or 0.0)
                 if not 0.999 <= (self.program.choices[best.variable].varValue or 0.0) <= 1.001:
                     raise SolverError(
-                        f"solver {self.solver} answered no integers for block {block.block}, item {item.index}"
+                        f"solver {self.solver!r} answered no integers for block {block.block}, item {item.index}"
                     )
                 taken.add(best.variable)
         if self.program.peak is not None:
