@@ -1,1 +1,6 @@
-"""memopt.report"""
+"""Reports: the terminal page, the HTML page, and exports for memory and trace viewers."""
+
+from memopt.report.boxes import Box, boxes_of
+from memopt.report.html import write_html
+
+__all__ = ["Box", "boxes_of", "write_html"]
