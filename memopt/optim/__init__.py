@@ -6,6 +6,7 @@ from typing import Any
 
 from memopt.optim.conversion import convert
 from memopt.optim.coverage.block_coordinate import BlockCoordinate
+from memopt.optim.coverage.lowrank_dct import LowRankDCT
 from memopt.optim.coverage.split import Split
 from memopt.optim.formats import StateFormat
 from memopt.optim.gradient_release import release_gradients
@@ -14,7 +15,8 @@ from memopt.optim.registry import make, optimizers
 
 globals().update(optimizers())
 
-__all__ = ["BlockCoordinate", "RuleOptimizer", "Split", "StateFormat", "convert", "make", "release_gradients"]
+__all__ = ["BlockCoordinate", "LowRankDCT", "RuleOptimizer", "Split", "StateFormat", "convert", "make"]
+__all__ += ["release_gradients"]
 __all__ += optimizers()
 __all__.sort()
 

@@ -38,6 +38,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
+    elementwise: ClassVar[bool] = True  # whether the update of an element looks at that element alone
     coverage: Coverage = All()
     numbering: Mapping[Tensor, int] | None = None  # positions of parameters, where not that in the groups
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def loss_of(model: nn.Module, step: int, vocabulary: int = 61) -> Tensor:
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    steps: range,
+    steps: Iterable[int],
     after: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     losses = []

@@ -17,9 +17,11 @@ CHUNK_BYTES = 64 * 2**20
 _WHOLE_TENSOR = ("Muon", "LBFGS", "Adafactor")  # torch's optimizers whose update of an element depends on others
 
 
-def stand_in(param: Tensor, shape: tuple[int, ...], local_shape: tuple[int, ...]) -> Tensor:
+def stand_in(
+    param: Tensor, shape: tuple[int, ...], local_shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Tensor:
     """A parameter of the given shape that takes no memory until :func:`fill`; sharded by rows as ``param`` is."""
-    blank = torch.zeros((), dtype=param.dtype, device=local_of(param).device).expand(local_shape)
+    blank = torch.zeros((), dtype=dtype or param.dtype, device=local_of(param).device).expand(local_shape)
     return torch.nn.Parameter(like(param, blank, shape))
 
 

@@ -85,6 +85,7 @@ class AdamMini(RuleOptimizer):
     """
 
     rule = "adamini"
+    elementwise = False
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class LAMB(RuleOptimizer):
     """
 
     rule = "lamb"
+    elementwise = False
 
     def __init__(
         self,

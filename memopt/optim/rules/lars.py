@@ -49,6 +49,7 @@ class LARS(RuleOptimizer):
     """
 
     rule = "lars"
+    elementwise = False
 
     def __init__(
         self,

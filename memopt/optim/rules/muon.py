@@ -73,6 +73,7 @@ class Muon(RuleOptimizer):
     """
 
     rule = "muon"
+    elementwise = False
 
     def __init__(
         self,

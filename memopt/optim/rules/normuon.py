@@ -49,6 +49,7 @@ class NorMuon(RuleOptimizer):
     """
 
     rule = "normuon"
+    elementwise = False
 
     def __init__(
         self,
