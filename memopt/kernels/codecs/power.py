@@ -38,7 +38,8 @@ class SignedSquare(Codec):
 
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
         k = _nearest_root(km.abs(x) * inverse, self.last) if noise is None else _random_root(km.abs(x), inverse, noise)
-        return km.copysign(k, x) + (BIAS + self.last)
+        # Not BIAS alone: just below it the spacing is 1/2, and -k + last may lie between -1/2 and 0.
+        return km.copysign(k, x) + (1.5 * BIAS + self.last)
 
     def decode(self, code: Any, scale: Any) -> Any:
         y = (code - float(self.last)) * (km.sqrt(scale) * (1.0 / self.last))
