@@ -3,8 +3,9 @@
 From the top of the module tree down: where at least two calls of sibling modules (or of one module called again) of one
 class run the same operations on the same shapes, all siblings of that class are blocks, and nothing below them. A class
 found so is a block wherever else it appears (the first block of a ResNet stage, which has a projection more). Where a
-part of the model has no such repetition, siblings of one class that run the same operations on other shapes will do.
-Modules that torch itself provides (containers and layers) are blocks only where they repeat exactly, layers never.
+part of the model has no such repetition, siblings of one class that run nearly the same operations on any shapes will
+do. What multiplies no matrices (a norm) is no block; modules that torch itself provides are blocks only where they
+contain others and repeat exactly.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from memopt.planner.recorder import Call, RawOp
 from memopt.planner.signature import block_signature
 
+_ALIKE = 0.7
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -40,19 +42,27 @@ def find_blocks(calls: Sequence[Call], raw: Sequence[RawOp]) -> list[int]:
             node = node.children.setdefault(part, _Node(f"{node.path}.{part}".lstrip(".")))
         node.calls.append(number)
 
-    def exact(number: int) -> str:
-        return call_signature(calls[number], raw)
+    def alike(numbers: list[int]) -> set[int]:
+        kinds = [Counter(e[0] for op in raw[calls[n].start : calls[n].stop] if (e := op.entry)) for n in numbers]
+        same = len(kinds) > 1 and all(_overlap(kinds[0], kind) >= _ALIKE for kind in kinds)
+        return set(numbers) if same else set()
 
-    def by_name(number: int) -> str:
-        entries = (op.entry for op in raw[calls[number].start : calls[number].stop])
-        return block_signature((e[0], (), "") for e in entries if e is not None)
+    def repeated(numbers: list[int]) -> set[int]:
+        prints = {number: call_signature(calls[number], raw) for number in numbers}
+        counts = Counter(prints.values())
+        return {number for number in numbers if counts[prints[number]] > 1}
+
+    def eligible(number: int) -> bool:
+        call = calls[number]
+        layer = _is_torch(call.kind) and not call.children
+        return not layer and any(op.flops for op in raw[call.start : call.stop])
 
     chosen: set[int] = set()
-    _choose_repeated(tree, calls, exact, chosen)
+    _choose_siblings(tree, calls, eligible, repeated, chosen)
     kinds = {calls[number].kind for number in chosen if not _is_torch(calls[number].kind)}
     _choose_kinds(tree, calls, kinds, chosen)
     for child in _untouched(tree, chosen):
-        _choose_repeated(child, calls, by_name, chosen, same_shapes=False)
+        _choose_siblings(child, calls, eligible, alike, chosen, generic=False)
     return sorted(chosen, key=lambda number: calls[number].start)
 
 
@@ -65,34 +75,41 @@ def _is_torch(kind: type[nn.Module]) -> bool:
     return kind.__module__.split(".")[0] == "torch"
 
 
-def _may_be_block(calls: Sequence[Call], number: int) -> bool:
-    call = calls[number]
-    layer = _is_torch(call.kind) and not call.children
-    return call.stop > call.start and not layer
+def _overlap(a: Counter[str], b: Counter[str]) -> float:
+    """Share of the operations of both that they have in common."""
+    return (a & b).total() / max(1, (a | b).total())
 
 
-def _choose_repeated(
-    node: _Node, calls: Sequence[Call], fingerprint: Callable[[int], str], chosen: set[int], same_shapes: bool = True
+def _choose_siblings(
+    node: _Node,
+    calls: Sequence[Call],
+    eligible: Callable[[int], bool],
+    repeated: Callable[[list[int]], set[int]],
+    chosen: set[int],
+    generic: bool = True,
 ) -> None:
-    siblings: defaultdict[type[nn.Module], list[tuple[int, _Node]]] = defaultdict(list)
+    """Adds to ``chosen`` what repeats among the children of a node, or else below them.
+
+    Args:
+        eligible: whether a call may be a block at all.
+        repeated: from the calls of one class to those that repeat; with them all their siblings of the class are taken.
+        generic: whether torch's containers may be blocks; of these only the repeated ones are taken.
+    """
+    siblings: defaultdict[type[nn.Module], list[int]] = defaultdict(list)
     for child in node.children.values():
-        for number in child.calls:
-            if _may_be_block(calls, number):
-                siblings[calls[number].kind].append((number, child))
-    taken: set[str] = set()
+        for number in filter(eligible, child.calls):
+            siblings[calls[number].kind].append(number)
+    taken: set[int] = set()
     for kind, members in siblings.items():
-        prints = {number: fingerprint(number) for number, _ in members}
-        repeated = {one for one, count in Counter(prints.values()).items() if count > 1}
-        generic = issubclass(kind, _CONTAINERS)
-        if not repeated or (generic and not same_shapes):
-            continue
-        for number, child in members:
-            if prints[number] in repeated or not generic:
-                chosen.add(number)
-                taken.add(child.path)
+        found = repeated(members)
+        if issubclass(kind, _CONTAINERS):
+            taken |= found if generic else set()
+        elif found:
+            taken.update(members)
+    chosen |= taken
     for child in node.children.values():
-        if child.path not in taken:
-            _choose_repeated(child, calls, fingerprint, chosen, same_shapes)
+        if taken.isdisjoint(child.calls):
+            _choose_siblings(child, calls, eligible, repeated, chosen, generic)
 
 
 def _choose_kinds(node: _Node, calls: Sequence[Call], kinds: set[type[nn.Module]], chosen: set[int]) -> None:

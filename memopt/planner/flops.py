@@ -56,6 +56,9 @@ def count_flops(func: Any, args: Any, kwargs: Any, output: Any) -> int:
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
         gradient, query, key, value = args[:4]
         return int(flop_counter.sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
+    if name == "_grouped_mm":  # each row of the operand with rows of tokens meets one group's matrix
+        a, b = args[:2]
+        return int(2 * a.numel() * b.shape[-1] if a.dim() == 2 else 2 * b.numel() * a.shape[-2])
     formula = flop_counter.flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=output)) if formula is not None else 0
 

@@ -5,7 +5,7 @@ many labels count. Small integer and boolean tensors therefore carry a real *sha
 are real keep their values, everything computed from shadows alone is computed on the shadows too, and a choice among
 fake values (``topk``, ``argmax``, ``sort``) is answered by an even spread, so that routing is traced as balanced.
 Where there is no shadow a number read out of a tensor is harmless: 1.0 for floating-point, 0 for integers, False for
-booleans, and a mask selects everything.
+booleans, except that everything is taken to be true of ``all``, and a mask selects everything.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _CHOICES = {"topk": 1, "sort": 1, "argsort": 0, "argmax": 0, "argmin": 0, "max":
 """Operations that choose among values, and which of their outputs holds the indices."""
 
 _aten = torch.ops.aten
+_GROUPED = _aten._grouped_mm.default
 
 
 class Guesses(TorchDispatchMode):
@@ -52,7 +53,7 @@ class Guesses(TorchDispatchMode):
         kwargs = kwargs or {}
         shadow = self._on_shadows(func, args, kwargs)
         try:
-            output = func(*args, **kwargs)
+            output = self._grouped(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             output = self._guess(func, args, kwargs, shadow)
         if shadow is not None:
@@ -60,6 +61,9 @@ class Guesses(TorchDispatchMode):
                 self._keep(fake, real)
         elif func._schema.name.split("::")[-1] in _CHOICES:
             self._spread(func, args, kwargs, output)
+        elif func._schema.name == "aten::all":
+            with _disable_current_modes():
+                self._shadows[output] = torch.ones(output.shape, dtype=torch.bool)
         return output
 
     def _keep(self, fake: Any, real: Any) -> None:
@@ -85,8 +89,6 @@ class Guesses(TorchDispatchMode):
             return None
         if not tensors and not _makes_integers(func, args, kwargs):
             return None
-        if func is _aten._local_scalar_dense.default:
-            return known[0].item()  # type: ignore[union-attr]
         values = [self._value(value) if isinstance(value, Tensor) else value for value in flat]
         values = [torch.device("cpu") if isinstance(value, torch.device) else value for value in values]
         real_args, real_kwargs = tree_unflatten(values, shape)
@@ -101,13 +103,17 @@ class Guesses(TorchDispatchMode):
         if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.is_floating_point():
             found: Tensor | None = self._shadows.get(tensor)  # type: ignore[no-untyped-call]
             return found
-        return tensor.cpu() if tensor.numel() <= _LIMIT else None
+        with _disable_current_modes():
+            return tensor.cpu() if tensor.numel() <= _LIMIT else None
 
     def _guess(self, func: Any, args: Any, kwargs: Any, shadow: Any) -> Any:
-        if func is _aten._local_scalar_dense.default:
-            return _number(args[0].dtype) if shadow is None else shadow
         if shadow is not None:
             return tree_map(self._like, shadow)
+        name = func._schema.name.split("::")[-1]
+        if name in ("_local_scalar_dense", "item"):
+            return _number(args[0].dtype)
+        if name in ("is_nonzero", "equal"):
+            return False
         if func is _aten.nonzero.default:
             everything = torch.ones(args[0].shape, dtype=torch.bool, device="meta")
             return self._mode_empty((everything.numel(), everything.dim()), torch.int64, args[0])
@@ -125,6 +131,16 @@ class Guesses(TorchDispatchMode):
         shadow = self._value(index)
         count = index.numel() if shadow is None else int(shadow.count_nonzero())
         return [self._mode_empty((count,), torch.int64, index) for _ in range(index.dim())]
+
+    def _grouped(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **others: Any) -> Tensor:
+        """The result of ``_grouped_mm``, whose own fake version takes bfloat16 alone."""
+        if offs is None:
+            shape: tuple[int, ...] = (a.shape[0], a.shape[1], b.shape[2])
+        elif a.dim() == 2 and b.dim() == 2:
+            shape = (offs.shape[0], a.shape[0], b.shape[1])
+        else:
+            shape = (a.shape[-2], b.shape[-1])
+        return self._mode_empty(shape, others.get("out_dtype") or a.dtype, a)
 
     def _mode_empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         with self._mode:

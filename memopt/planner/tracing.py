@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memopt.planner.assembling import assemble
+from memopt.planner.eager import eager_paths
 from memopt.planner.faking import Faker, faked
 from memopt.planner.guessing import Guesses
 from memopt.planner.recorder import Recorder
@@ -59,7 +60,7 @@ def trace(
     faker = Faker()
     recorder = Recorder(model, _device_of(model), faker.stand_in)
     try:
-        with torch.enable_grad(), faked(model, faker):
+        with torch.enable_grad(), eager_paths(), faked(model, faker):
             _run(model, faker, recorder, inputs, loss_fn, optimizer, autocast, accumulate)
     except TraceError:
         raise
@@ -92,28 +93,34 @@ def _run(
     autocast: torch.dtype | None,
     accumulate: int,
 ) -> None:
+    """Sets everything up as it is before a step, then runs that step under the recorder."""
+    device = _device_of(model)
+    if autocast is None and torch.is_autocast_enabled(device):
+        autocast = torch.get_autocast_dtype(device)
     given = _arguments(inputs)
     positional, named = faker.value(given)
     guesses = Guesses(faker.mode)
     guesses.remember((positional, named), given)
-    with faker.mode, guesses:
-        twin = None if optimizer is None else _settled(faker, optimizer, recorder)
+    with torch.autocast(device, enabled=False), faker.mode, guesses:
+        twin = None if optimizer is None else _settled(faker, optimizer)
         recorder.adopt_module(model)
         if twin is not None:
             recorder.adopt_optimizer(twin)
         recorder.adopt((positional, named))
-        context = nullcontext() if autocast is None else torch.autocast(_device_of(model), autocast)
         recorder.start()
         try:
             for _ in range(accumulate):
+                context = nullcontext() if autocast is None else torch.autocast(device, autocast)
                 with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor), context:
                     output = model(*positional, **named)
                     loss = _loss(output, loss_fn)
+                torch.clear_autocast_cache()  # as leaving the outermost context does
                 if not loss.requires_grad:
                     raise TraceError("the loss needs no gradient: no parameter that requires one takes part in it")
                 loss.backward()  # type: ignore[no-untyped-call]
             if twin is not None:
                 twin.step()
+                _forget_unused(twin, recorder)
         finally:
             recorder.stop()
 
@@ -127,7 +134,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-def _settled(faker: Faker, optimizer: Optimizer, recorder: Recorder) -> Optimizer:
+def _settled(faker: Faker, optimizer: Optimizer) -> Optimizer:
     """The optimizer's twin with the state that it has after a first step."""
     twin = faker.optimizer(optimizer)
     if callable(getattr(twin, "update", None)):  # memopt's own: kernels do the arithmetic, the class only keeps state
@@ -139,6 +146,17 @@ def _settled(faker: Faker, optimizer: Optimizer, recorder: Recorder) -> Optimize
     for parameter in trained:
         parameter.grad = None
     return twin
+
+
+def _forget_unused(optimizer: Optimizer, recorder: Recorder) -> None:
+    """Takes back the state of parameters that got no gradient: a real optimizer never makes it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                for tensor in tensors_in(optimizer.state.get(parameter)):
+                    record = recorder.observe(tensor)
+                    if record is not None:
+                        record.death = record.birth
 
 
 def _loss(output: Any, loss_fn: LossFn | None) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import memopt
 from memopt.planner import Trace, trace
@@ -149,3 +150,89 @@ def test_frozen_parameters_have_no_gradients_and_no_state() -> None:
     assert totals["gradients"] == trained
     assert trained * 2 <= totals["optimizer_state"] <= trained * 2 + 1000
     assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_are_traced_as_they_run(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inward, self.layers = nn.Linear(32, 32), nn.ModuleList(nets.Layer(32, 4) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inward(x)
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=reentrant)
+            return x
+
+    model, inputs = Checkpointed(), (torch.ones(4, 32, 32),)
+    optimizer = torch.optim.AdamW(model.parameters())
+    traced = trace(model, inputs, squares, optimizer)
+    found = metered(model, inputs, squares, optimizer)
+    assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.01)
+
+
+def test_autocast() -> None:
+    model = nets.GPT(vocabulary=2000)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(TOKENS)
+            loss = language_loss(logits)
+        loss.backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad()
+    with memopt.meter(model, optimizer) as found:
+        step()
+    traced = trace(model, (TOKENS,), language_loss, optimizer, autocast=torch.bfloat16)
+    assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trace(model, (TOKENS,), language_loss, optimizer).peak_bytes == traced.peak_bytes
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer with a trained low-rank one beside it, as PEFT wraps them."""
+
+    def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_low_rank_adapters() -> None:
+    model = nets.GPT()
+    model.requires_grad_(False)
+    for block in model.blocks:
+        block.attention.qkv = Adapter(block.attention.qkv)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    traced = trace(model, (TOKENS, TOKENS), None, optimizer)
+    found = metered(model, (TOKENS, TOKENS), None, optimizer)
+    assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.01)
+    assert traced.meta["trainable_parameters"] == sum(parameter.numel() for parameter in trained)
+    assert len(traced.blocks) == 3
+
+
+def test_unused_parameters_have_no_state() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model, inputs = Half(), (torch.ones(2, 64),)
+    optimizer = torch.optim.AdamW(model.parameters())
+    traced = trace(model, inputs, squares, optimizer)
+    found = metered(model, inputs, squares, optimizer)
+    assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.001)
+    assert at_peak(traced)["optimizer_state"] == found.by_category["optimizer_state"]
