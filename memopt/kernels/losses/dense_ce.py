@@ -58,10 +58,12 @@ def dense_linear_cross_entropy(
         counted = target != ignore_index
         entry = torch.where(counted, target, 0)
         share = torch.where(counted, weights[entry], 0)
-        loss = -(1 - label_smoothing) * share * log_p.gather(-1, entry.unsqueeze(-1)).squeeze(-1)
-        loss = loss - label_smoothing / V * (weights * log_p).sum(-1) * counted
+        found = torch.where(counted, log_p.gather(-1, entry.unsqueeze(-1)).squeeze(-1), 0.0)
+        loss = -(1 - label_smoothing) * share * found
+        if label_smoothing:
+            loss = loss - label_smoothing / V * (weights * log_p).sum(-1) * counted
         correct = (logits.argmax(-1) == target) & counted
-    lse = lse * counted
+    lse = torch.where(counted, lse, 0.0)
     penalty = z_loss * lse.square()
     if reduction == "none":
         total = loss + penalty

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.losses.checks import autocast_dtype, autocast_off, check_inputs, refuse_second_derivatives
+from memopt.kernels.losses.compiled import linear_cross_entropy_forward
 from memopt.kernels.losses.forward_backward import backward, forward
 from memopt.kernels.losses.problem import prepare
 from memopt.kernels.losses.row_pass import Gradients, Wanted
@@ -111,8 +112,13 @@ def linear_cross_entropy(
     hidden = hidden.reshape(-1, weight.shape[1])
     tracked = (hidden, weight, bias, scale)
     wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tracked))
-    call = Call(settings, wanted)
-    outputs = _LinearCrossEntropy.apply(*tracked, target, class_weight, call)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        if process_group is not None:
+            raise RuntimeError("process_group does not work under torch.compile; call the loss outside of it")
+        outputs = linear_cross_entropy_forward(*tracked, target, class_weight, list(wanted), *settings.choices())[:4]
+    else:
+        call = Call(settings, wanted)
+        outputs = _LinearCrossEntropy.apply(*tracked, target, class_weight, call)  # type: ignore[no-untyped-call]
     loss, lse, entropy, accuracy = outputs
     shape = (*positions[:-1], positions[-1] - shift) if shift else positions
     if reduction == "none":
@@ -177,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     "For a second backward use mode='recompute' or return_stats=True."
                 )
             hidden, weight, bias, scale, target, class_weight, lse = ctx.saved_tensors
-            with autocast_off(hidden.device):
+            with torch.no_grad(), autocast_off(hidden.device):
                 problem = prepare(hidden, weight, bias, scale, target, class_weight, call.settings)
                 wanted = call.wanted if made is None else Wanted(weight=True)
                 again = backward(problem, wanted, problem.collect(lse), of_loss, of_lse)

@@ -103,12 +103,13 @@ def prepare(
     shard = Shard.of(settings.group, V, hidden.device)
     length, shift = settings.length, settings.shift
     kept = length - shift
-    count = (N // length) * kept if length else 0
+    sequences = N // length if length else 0
+    count = sequences * kept
     soft = hard = index = positions = share = None
     if target.is_floating_point():
-        soft = target.view(-1, length, V)[:, shift:].reshape(count, V)
+        soft = target.view(sequences, length, V)[:, shift:].reshape(count, V)
     else:
-        hard = target.view(-1, length)[:, shift:].reshape(count)
+        hard = target.view(sequences, length)[:, shift:].reshape(count)
         positions = _counted(hard, settings.ignore_index)
         if positions is not None:
             hard = hard.index_select(0, positions)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -64,6 +64,10 @@ class Settings:
             raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
         if self.shift < 0 or self.shift > self.length:
             raise ValueError(f"shift must lie between 0 and the sequence length {self.length}, got {self.shift}")
+
+    def choices(self) -> tuple[Any, ...]:
+        """All but the process group, as the registered operators take them."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "group")
 
     @property
     def recomputes(self) -> bool:

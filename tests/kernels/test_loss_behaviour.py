@@ -1,0 +1,289 @@
+"""What surrounds the vocabulary loss: transforms, tracing, partial gradients, extreme values, bad input."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memopt.kernels.losses import LossStats, dense_linear_cross_entropy, linear_cross_entropy
+from memopt.kernels.losses.settings import Settings
+
+TARGET = torch.tensor([1, 2, 3, -100, 5, 8])
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 8, dtype=dtype).requires_grad_(), torch.randn(9, 8, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("mode", ["rows", "recompute"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_the_gradients_that_are_needed(reduction: str, mode: str) -> None:
+    tensors = [torch.randn(6, 8), torch.randn(9, 8), torch.randn(9), torch.tensor(1.2)]
+    full = [t.clone().requires_grad_() for t in tensors]
+    options: dict[str, Any] = {"reduction": reduction, "mode": mode}
+    dense_linear_cross_entropy(*full[:2], TARGET, full[2], logit_scale=full[3], reduction=reduction).sum().backward()
+    for needed in itertools.product([False, True], repeat=4):
+        h, w, b, s = (t.clone().requires_grad_(n) for t, n in zip(tensors, needed, strict=True))
+        loss = linear_cross_entropy(h, w, TARGET, b, logit_scale=s, **options).sum()
+        assert loss.requires_grad == any(needed)
+        if any(needed):
+            loss.backward()
+        for t, truth, n in zip((h, w, b, s), full, needed, strict=True):
+            assert (t.grad is not None) == n
+            if n:
+                torch.testing.assert_close(t.grad, truth.grad)
+
+
+def test_no_grad_and_inference_give_the_loss_alone() -> None:
+    h, w = inputs()
+    expected = dense_linear_cross_entropy(h, w, TARGET)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = linear_cross_entropy(h, w, TARGET)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, expected.detach())
+
+
+def test_log_sum_exp_and_loss_are_differentiable_together() -> None:
+    def both(function: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        h, w = inputs(torch.float64)
+        loss, stats = function(h, w, TARGET, return_stats=True)
+        (3 * loss + (stats.log_sum_exp * torch.arange(6)).sum()).backward()
+        return [h.grad, w.grad]
+
+    for ours, truth in zip(both(linear_cross_entropy), both(dense_linear_cross_entropy), strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_log_sum_exp_alone() -> None:
+    h, w = inputs(torch.float64)
+    _, stats = linear_cross_entropy(h, w, TARGET, return_stats=True)
+    assert isinstance(stats, LossStats)
+    stats.log_sum_exp.sum().backward()
+    truth = (h @ w.t()).logsumexp(-1)[TARGET != -100].sum()
+    torch.testing.assert_close(h.grad, torch.autograd.grad(truth, h)[0])
+
+
+def test_gradcheck() -> None:
+    h, w = inputs(torch.float64)
+    b, s = torch.randn(9, dtype=torch.float64).requires_grad_(), torch.tensor(0.8, dtype=torch.float64).requires_grad_()
+    for choice in ({"reduction": "none"}, {"mode": "recompute"}):  # it calls backward more than once
+        options: dict[str, Any] = {"softcap": 2.0, "label_smoothing": 0.1, "z_loss": 0.1, **choice}
+
+        def loss(*t: Tensor, options: dict[str, Any] = options) -> Tensor:
+            return linear_cross_entropy(t[0], t[1], TARGET, t[2], logit_scale=t[3], **options)
+
+        assert torch.autograd.gradcheck(loss, (h, w, b, s))
+
+
+def test_func_grad_and_its_limits() -> None:
+    h, w = (t.detach() for t in inputs())
+    for reduction in ("mean", "none"):
+        grads = [
+            torch.func.grad(lambda h, w, f=f, r=reduction: f(h, w, TARGET, reduction=r).sum(), argnums=(0, 1))(h, w)
+            for f in (linear_cross_entropy, dense_linear_cross_entropy)
+        ]
+        torch.testing.assert_close(*grads)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.func.grad(lambda a: torch.func.grad(lambda h: linear_cross_entropy(h * a, w, TARGET))(h).sum())(
+            torch.ones(())
+        )
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda h: linear_cross_entropy(h, w, TARGET))(h[None])
+
+
+def test_second_backward() -> None:
+    h, w = inputs()
+    loss = linear_cross_entropy(h, w, TARGET)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        loss.backward()
+    for options in ({"mode": "recompute"}, {"reduction": "none"}):
+        h, w = inputs()
+        loss = linear_cross_entropy(h, w, TARGET, **options).sum()
+        loss.backward(retain_graph=True)
+        first = [h.grad.clone(), w.grad.clone()]
+        loss.backward()
+        torch.testing.assert_close([h.grad, w.grad], [2 * g for g in first])
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(linear_cross_entropy(h, w, TARGET), h, create_graph=True)
+
+
+def test_autocast_computes_as_linear_would() -> None:
+    h, w = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(h, w, TARGET, label_smoothing=0.1, mode="recompute")
+    loss.backward()
+    h2, w2 = (t.detach().bfloat16().requires_grad_() for t in (h, w))
+    again = linear_cross_entropy(h2, w2, TARGET, label_smoothing=0.1, mode="recompute")
+    again.backward()
+    assert h.grad.dtype == torch.float32
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close([loss, h.grad, w.grad], [again, h2.grad.float(), w2.grad.float()], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["rows", "recompute"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("stats", [False, True])
+def test_operators_pass_opcheck_and_compile(mode: str, reduction: str, stats: bool) -> None:
+    h, w = inputs()
+    b, s = torch.randn(9).requires_grad_(), torch.tensor(1.3).requires_grad_()
+    settings = Settings(reduction=reduction, mode=mode, want_stats=stats, length=6)
+    arguments = (h, w, b, s, TARGET, None, [True] * 4, *settings.choices())
+    torch.library.opcheck(torch.ops.memopt.linear_cross_entropy.default, arguments)
+
+    def total(h: Tensor, w: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        made = linear_cross_entropy(
+            2 * h, w, TARGET, b, logit_scale=s, reduction=reduction, mode=mode, return_stats=stats
+        )
+        return made[0].sum() + made[1].log_sum_exp.square().sum() if stats else 3 * made.sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    plain, ours = (torch.autograd.grad(f(h, w, b, s), (h, w, b, s)) for f in (total, compiled))
+    torch.testing.assert_close(ours, plain)
+
+
+def test_logit_operators_pass_opcheck() -> None:
+    logits, one = torch.randn(6, 9), torch.ones(())
+    weights, q = torch.rand(9), torch.rand(6, 9)
+    statistics = (logits, TARGET, None, weights, q, one, 2.0, True, True)
+    torch.library.opcheck(torch.ops.memopt.logit_statistics.default, statistics)
+    gradient = (logits, torch.rand(4, 6), TARGET, None, weights, None, one, 2.0, True)
+    torch.library.opcheck(torch.ops.memopt.softmax_gradient_.default, gradient)
+
+
+class _Allocations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves(out)
+        shapes = tuple(tuple(t.shape) for t in leaves if isinstance(t, Tensor))
+        if "empty" in str(func) or "zeros" in str(func) or "memopt" in str(func):
+            self.made.append((str(func), shapes))
+        return out
+
+
+@pytest.mark.parametrize("mode", ["rows", "recompute"])
+def test_fake_tensors_see_the_same_allocations(mode: str) -> None:
+    def run() -> list[Any]:
+        h, w = torch.ones(4, 8, 32).requires_grad_(), torch.ones(100, 32).requires_grad_()
+        target = torch.zeros(4, 8, dtype=torch.int64)
+        with _Allocations() as seen:
+            linear_cross_entropy(h, w, target, shift=1, chunk_bytes=4000, logit_scale=2.0, mode=mode).backward()
+        assert w.grad.shape == w.shape
+        return seen.made
+
+    real = run()
+    with FakeTensorMode():
+        assert run() == real
+
+
+def test_meta_tensors() -> None:
+    h, w = torch.empty(4, 8, device="meta").requires_grad_(), torch.empty(9, 8, device="meta").requires_grad_()
+    linear_cross_entropy(h, w, torch.empty(4, dtype=torch.int64, device="meta")).backward()
+    assert w.grad.shape == w.shape
+
+
+@pytest.mark.parametrize("mode", ["rows", "recompute"])
+def test_nothing_to_count(mode: str) -> None:
+    for target, h in ((torch.full((6,), -100), torch.randn(6, 8)), (TARGET[:0], torch.randn(0, 8))):
+        for reduction, expected in (("mean", float("nan")), ("sum", 0.0)):
+            h, w = h.detach().requires_grad_(), inputs()[1]
+            loss, stats = linear_cross_entropy(h, w, target, reduction=reduction, mode=mode, return_stats=True)
+            torch.testing.assert_close(loss, torch.tensor(expected), equal_nan=True)
+            assert stats.accuracy.isnan()
+            loss.backward()
+            assert not h.grad.any()
+            assert not w.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_logits(dtype: torch.dtype) -> None:
+    """Masked entries (a bias of minus infinity), logits of a thousand, and one row of NaN that stays in its row."""
+    h, w = (t.detach().to(dtype) for t in inputs())
+    bias = torch.zeros(9)
+    bias[[0, 4]] = -float("inf")
+    results = []
+    for function in (linear_cross_entropy, dense_linear_cross_entropy):
+        leaf = (h * 300).requires_grad_()
+        loss, stats = function(leaf, w, TARGET, bias, reduction="none", return_stats=True)
+        loss.sum().backward()
+        results.append([loss.float(), leaf.grad.float(), stats.entropy.float()])
+    for ours, plain in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, plain, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+    bad = h.clone()
+    bad[2, 3] = float("nan")
+    bad.requires_grad_()
+    loss = linear_cross_entropy(bad, w, TARGET, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False, False, False]
+    loss.sum().backward()
+    assert bad.grad.isnan().any(1).tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": TARGET + 4}, r"target holds -96, which is outside the vocabulary of 9"),
+        ({"target": TARGET.clamp_min(0) + 1}, r"target holds 9, which is outside the vocabulary of 9"),
+        ({"target": TARGET[:5]}, r"target must have hidden's leading shape \(6,\), got \(5,\)"),
+        ({"target": TARGET.int()}, r"target must be int64"),
+        ({"target": torch.rand(6, 8)}, r"target with probabilities must have shape \(6, 9\)"),
+        ({"hidden": torch.randn(6, 7)}, r"hidden must end in weight's 8 features"),
+        ({"hidden": torch.randn(6, 8).double()}, r"hidden is torch.float64 but weight is torch.float32"),
+        ({"hidden": torch.ones(6, 8, dtype=torch.int32)}, r"hidden must be one of torch.float32"),
+        ({"weight": torch.randn(9)}, r"weight must have shape \(vocabulary, features\)"),
+        ({"weight": torch.randn(0, 8)}, r"weight must have at least one row"),
+        ({"bias": torch.randn(8)}, r"bias must have shape \(9,\)"),
+        ({"class_weight": torch.rand(9, 1)}, r"class_weight must have shape \(9,\)"),
+        ({"class_weight": torch.rand(9).requires_grad_()}, r"class_weight gets no gradient"),
+        ({"logit_scale": torch.ones(2)}, r"logit_scale must be one number"),
+        ({"reduction": "avg"}, r"reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+        ({"mode": "tile"}, r"mode must be one of"),
+        ({"accumulate": "bf16"}, r"accumulate must be one of"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+        ({"softcap": -1.0}, r"softcap must be a finite number, not negative, got -1"),
+        ({"z_loss": float("nan")}, r"z_loss must be a finite number"),
+        ({"chunk_bytes": 0}, r"chunk_bytes must be positive, got 0"),
+        ({"shift": 7}, r"shift must lie between 0 and the sequence length 6, got 7"),
+        ({"bias": torch.randn(9, device="meta")}, r"bias is on meta, but hidden is on cpu"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    arguments = {"hidden": torch.randn(6, 8), "weight": torch.randn(9, 8), "target": TARGET} | change
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**arguments)
+
+
+def test_wrong_types_are_named() -> None:
+    with pytest.raises(TypeError, match="target must be a tensor, got list"):
+        linear_cross_entropy(*inputs(), [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="logit_scale must be a number"):
+        linear_cross_entropy(*inputs(), TARGET, logit_scale="2")  # type: ignore[arg-type]
+
+
+def test_scratch_stays_within_chunk_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = torch.empty
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        out = real(*args, **kwargs)
+        sizes.append(out.untyped_storage().nbytes())
+        return out
+
+    monkeypatch.setattr(torch, "empty", spy)
+    for mode, rows in itertools.product(("rows", "recompute"), (3000, 20)):
+        sizes.clear()
+        h, w = torch.randn(rows, 8).requires_grad_(), torch.randn(1000, 8).requires_grad_()
+        linear_cross_entropy(h, w, torch.zeros(rows, dtype=torch.int64), mode=mode, chunk_bytes=100_000).backward()
+        assert max(sizes) <= 100_000
