@@ -133,10 +133,8 @@ class _Planner:
         The program's memory is a close upper bound of the simulation's in most places. Where it is not, the target
         handed to the solver moves by the difference and the solver tries again.
         """
-        target, best = budget_bytes, None
-        seen: set[int] = set()
-        while target > 0 and target not in seen and len(seen) < ROUNDS and (best is None or self.left() > 2):
-            seen.add(target)
+        target, best, raised = budget_bytes, None, False
+        for _ in range(ROUNDS):
             problem = build(self.trace, self.rates, target, self.actions)
             solution = solve(problem, self.left(), self.solver)
             if solution.status is Status.INFEASIBLE:
@@ -147,9 +145,13 @@ class _Planner:
             over = answer.simulation.peak_bytes - budget_bytes
             if over <= 0 and (best is None or _cost(answer) < _cost(best)):
                 best = answer
-            if -CLOSE * budget_bytes <= over <= 0 or (solution.seconds == 0 and over <= 0):
+            done = best is not None and (raised or over > 0 or self.gap(best) <= GAP or self.left() < 3)
+            if done or -CLOSE * budget_bytes <= over <= 0:
                 break
+            raised = over < 0
             target -= over
+            if target <= 0:
+                break
         if best is None:
             last = self.smallest()
             best = last if last.simulation.peak_bytes <= budget_bytes else None

@@ -85,6 +85,6 @@ def test_a_plan_for_something_else_is_refused_with_what_differs(made: Plan) -> N
 
 
 def test_a_plan_that_cannot_be_written_leaves_nothing(made: Plan, tmp_path: Path) -> None:
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         made.save(tmp_path / "missing" / "plan.json")
     assert list(tmp_path.iterdir()) == []

@@ -58,7 +58,7 @@ def test_one_block_is_solved_as_well_as_by_trying_everything() -> None:
     every = [simulate(trace, plans, CPU) for plans in every_plan(trace, (Action.KEEP, Action.SWAP, Action.RECOMPUTE))]
     smallest = min(played.peak_bytes for played in every)
     assert smallest < trace.peak_bytes
-    for budget in sorted({played.peak_bytes for played in every})[::3] + [trace.peak_bytes - 1]:
+    for budget in [*sorted({played.peak_bytes for played in every})[::3], trace.peak_bytes - 1]:
         found = plan(trace, budget, CPU)
         best = min(played.step_seconds for played in every if played.peak_bytes <= budget)
         assert found.peak_bytes <= budget

@@ -22,7 +22,8 @@ from memopt.planner.values import Status
 
 GAP = 1e-4  # of the step's seconds: far less than any model of a device can tell apart
 TRAFFIC_LIMIT = 2.0  # seconds spent on swapping less at no loss of time
-PROOF_LIMIT = 3.0  # seconds spent on proving an answer that is there already
+PROOF_LIMIT = 2.0  # seconds spent on proving an answer that is there already
+WHOLE_LIMIT = 5.0  # seconds spent on the whole program where fixing the relaxation's decisions led nowhere
 NEAR = 1e-6  # a relaxed variable so close to an integer counts as one
 
 
@@ -124,7 +125,7 @@ class _Run:
         status = self._call(integer=True)
         if status is Status.INFEASIBLE:
             free = self._fix(choices, lambda *_: False, relaxed)
-            status = self._call(integer=True)
+            status = self._call(integer=True, limit=WHOLE_LIMIT)
             if status is Status.OPTIMAL:
                 self.bound = max(self.bound, self._objective() - self.gap)
         elif prove and (best := self._objective()) - self.bound > self.gap and self._left() > 1:
@@ -133,7 +134,7 @@ class _Run:
             room = best - self.bound
             free = self._fix(choices, lambda _, price: abs(price) > room, relaxed)
             try:
-                status = self._call(integer=True, quick=True)
+                status = self._call(integer=True, limit=PROOF_LIMIT)
             except SolverError:
                 status = Status.INFEASIBLE
             if status is Status.OPTIMAL:
@@ -167,12 +168,11 @@ class _Run:
             free += not fixed
         return free
 
-    def _call(self, integer: bool, quick: bool = False) -> Status:
+    def _call(self, integer: bool, limit: float = math.inf) -> Status:
         """Runs the solver on the program as it stands."""
         import pulp
 
-        limit = min(self._left(), PROOF_LIMIT) if quick else self._left()
-        solver = open_solver(self.solver, limit, self.gap / 2 if integer else None)
+        solver = open_solver(self.solver, min(self._left(), limit), self.gap / 2 if integer else None)
         try:
             status = self.program.model.solve(solver)
         except (pulp.PulpSolverError, OSError) as error:
