@@ -65,6 +65,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         defaults["state"] = get_format(state).name
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it, for optimizers that can be differentiated through
+
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` or ``TypeError`` where one of the rule's own options in ``group`` is wrong."""
         raise NotImplementedError

@@ -40,7 +40,7 @@ def test_to_torch_is_what_was_stored(state: str) -> None:
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "8bit", "4bit"])
 def test_torch_and_back_changes_nothing(state: str) -> None:
-    """A second encoding of decoded states gives the same codes, and scales to the last place."""
+    """A second encoding of decoded states gives the same codes, and scales but for the roundings of a fourth power."""
     params = parameters(SHAPES)
     ours = AdamW(params, state=state)
     run(ours, 4)
@@ -48,7 +48,7 @@ def test_torch_and_back_changes_nothing(state: str) -> None:
     twin.load_state_dict(convert(convert(ours.state_dict(), "memopt", "torch"), "torch", twin))
     for (number, name, x), (_, _, y) in zip(state_tensors(ours), state_tensors(twin), strict=True):
         if name.endswith("_scales"):
-            assert torch.allclose(x, y, rtol=2.0**-22, atol=0), (number, name)
+            assert torch.allclose(x, y, rtol=2.0**-20, atol=0), (number, name)
         else:
             assert torch.equal(x, y), (number, name)
 

@@ -1,0 +1,173 @@
+"""torch's own optimizer inputs (``optim_db``), and the behaviours its suite checks, for every rule."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+import types
+import unittest
+from typing import Any
+
+import pytest
+import torch
+
+import memopt.optim as room
+from tests.optim.training import copies, gradients, largest_difference, parameters, run
+
+if importlib.util.find_spec("expecttest") is None:  # torch's module takes a base class of its own tests from it
+    _stand_in = types.ModuleType("expecttest")
+    _stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
+    sys.modules["expecttest"] = _stand_in
+
+from torch.testing._internal.common_optimizers import optim_db
+
+IGNORED = ("foreach", "fused", "capturable", "differentiable")
+RULES = [
+    "Adagrad", "Adam", "AdamMini", "AdamW", "AdEMAMix", "LAMB", "LARS", "Lion", "Muon", "NorMuon", "RMSprop", "SGD",
+]  # fmt: skip
+
+
+def _inputs() -> list[Any]:
+    found = []
+    for info in optim_db:
+        name = info.optim_cls.__name__
+        if name not in RULES:
+            continue
+        for one in info.optim_inputs_func(device="cpu", dtype=torch.float32):
+            if not any(option in one.kwargs for option in IGNORED):
+                found.append(pytest.param(info.optim_cls, one.kwargs, id=f"{name}-{one.desc}".replace(" ", "_")))
+    return found
+
+
+@pytest.mark.parametrize(("theirs", "options"), _inputs())
+def test_every_input_of_torchs_suite_gives_torchs_values(theirs: type, options: dict[str, Any]) -> None:
+    shapes = [(10, 5), (33, 20)] if theirs.__name__ == "Muon" else [(10, 5), (10,), (3, 4, 5), (33, 20)]
+    ours, reference = parameters(shapes), parameters(shapes)
+    run(getattr(room, theirs.__name__)(ours, state="fp32", **options), 7)
+    run(theirs(reference, **options), 7)
+    # torch's suite allows 1e-5 relative and 1e-6 absolute between its own implementations in fp32; Muon works in bf16.
+    moved = largest_difference(reference, parameters(shapes))
+    allowed = moved * 2.0**-5 if theirs.__name__ == "Muon" else 2e-6 + 1e-5 * moved
+    assert largest_difference(ours, reference) <= allowed
+
+
+def _make(rule: str, params: Any, **options: Any) -> Any:
+    momentum = {"momentum": 0.9} if rule == "SGD" else {}
+    return getattr(room, rule)(params, **{"lr": 0.01, **momentum, **options})
+
+
+def _shapes(state: str) -> list[tuple[int, ...]]:
+    return [(70, 80), (33, 200), (4, 3, 5), (10,), (), (0,), (0, 4)]
+
+
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+@pytest.mark.parametrize("rule", RULES)
+class TestBehaviours:
+    """What torch's suite checks of each of its own optimizers."""
+
+    def test_groups_differ_and_can_be_added(self, rule: str, state: str) -> None:
+        params = parameters(_shapes(state))
+        optimizer = _make(rule, [{"params": params[:1], "lr": 0.0}], state=state)
+        optimizer.add_param_group({"params": params[1:], "weight_decay": 0.1})
+        before = copies(params)
+        run(optimizer, 2)
+        assert torch.equal(params[0], before[0])
+        assert largest_difference(params[1:], before[1:]) > 0
+        assert optimizer.param_groups[1]["lr"] == 0.01
+        with pytest.raises(ValueError, match="some parameters appear in more than one"):
+            optimizer.add_param_group({"params": params[:1]})
+
+    def test_state_dict_round_trip(self, rule: str, state: str) -> None:
+        params = parameters(_shapes(state))
+        optimizer = _make(rule, params, state=state)
+        run(optimizer, 2)
+        twin_params = copies(params)
+        twin = _make(rule, twin_params, state=state)
+        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for step in (2, 3):
+            run(optimizer, [step])
+            run(twin, [step])
+        assert all(torch.equal(x, y) for x, y in zip(params, twin_params, strict=True))
+
+    def test_deepcopy_and_defaults(self, rule: str, state: str) -> None:
+        optimizer = _make(rule, parameters(_shapes(state)), state=state)
+        run(optimizer, 1)
+        twin = copy.deepcopy(optimizer)
+        assert twin.defaults == optimizer.defaults
+        assert repr(twin) == repr(optimizer)
+        run(optimizer, [1])
+        run(twin, [1])
+        ours, theirs = ([p for g in o.param_groups for p in g["params"]] for o in (optimizer, twin))
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+    def test_parameters_that_are_not_contiguous_keep_their_layout(self, rule: str, state: str) -> None:
+        (plain,) = parameters([(66, 130)])
+        turned = torch.nn.Parameter(plain.detach().t().contiguous().t())
+        spread = torch.nn.Parameter(torch.zeros(66, 260)[:, ::2].copy_(plain.detach()))
+        strides = [p.stride() for p in (plain, turned, spread)]
+        assert len(set(strides)) == 3
+        for param in (plain, turned, spread):
+            run(_make(rule, [param], state=state), 3)
+        assert [p.stride() for p in (plain, turned, spread)] == strides
+        # Muon's matrix products may be summed in another order where the layout differs.
+        allowed = 1e-3 if "Muon" in rule else 0.0 if rule not in ("LAMB", "LARS", "AdamMini") else 1e-6
+        assert largest_difference([plain, plain], [turned, spread]) <= allowed
+
+    def test_bf16_and_fp16_parameters(self, rule: str, state: str) -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            for rounding in ("nearest", "stochastic"):
+                params = parameters([(70, 80), (33, 200)], dtype)
+                wide = [torch.nn.Parameter(p.detach().float()) for p in params]
+                start = copies(params)
+                gradients(params, 0)
+                for p, q in zip(wide, params, strict=True):
+                    p.grad = q.grad.float()
+                _make(rule, params, state=state, param_rounding=rounding).step()
+                _make(rule, wide, state=state).step()
+                assert all(p.dtype == dtype for p in params)
+                assert largest_difference(params, start) > 0
+                spacing = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
+                for p, q in zip(params, wide, strict=True):
+                    error = (p.detach().float() - q.detach()).abs()
+                    room_left = q.detach().abs() * spacing + 1e-6  # a whole spacing, which stochastic rounding may take
+                    slack = 2e-3 if "Muon" in rule else 0.0
+                    assert bool((error <= room_left + slack).all())
+
+    def test_no_gradient_no_change(self, rule: str, state: str) -> None:
+        params = parameters(_shapes(state))
+        before = copies(params)
+        optimizer = _make(rule, params, state=state)
+        optimizer.step()
+        assert not optimizer.state
+        assert largest_difference(params, before) == 0
+
+    def test_nan_is_where_fp32_has_it(self, rule: str, state: str) -> None:
+        """One bad gradient element: the same parameters are finite after two steps as with fp32 states."""
+        finite = []
+        for kept in ("fp32", state):
+            params = parameters([(70, 256), (33, 200)])
+            optimizer = _make(rule, params, state=kept)
+            for step in range(2):
+                gradients(params, step)
+                if step == 0:
+                    params[0].grad[3, 4] = torch.nan
+                optimizer.step()
+            finite.append([p.isfinite() for p in params])
+        assert bool(finite[0][1].all()) == bool(finite[1][1].all())
+        if state == "fp32":
+            assert all(torch.equal(x, y) for x, y in zip(*finite, strict=True))
+        # In a low-bit format the bad element shares a scale with its block: the block is lost, and nothing else.
+        lost = ~finite[1][0] & finite[0][0]
+        assert int(lost.sum()) <= 255
+        assert int(lost.any(1).sum()) <= 1
+
+
+def test_sparse_and_complex_are_refused_by_every_rule() -> None:
+    for rule in RULES:
+        param = torch.nn.Parameter(torch.zeros(4, 3))
+        param.grad = torch.zeros(4, 3).to_sparse()
+        with pytest.raises(RuntimeError, match="sparse gradient"):
+            _make(rule, [param]).step()
+        with pytest.raises(ValueError, match="real floating-point"):
+            _make(rule, [torch.zeros(4, 3, dtype=torch.complex64)])
