@@ -1,12 +1,13 @@
 """memopt.planner"""
 
 from memopt.planner.devices import Hardware, HardwareError, hardware, hardware_names
+from memopt.planner.losses import TraceError
 from memopt.planner.placement import Buffer, Placement, place
 from memopt.planner.plan_file import Plan, Timeline
 from memopt.planner.planning import plan
 from memopt.planner.policy import SolverError
 from memopt.planner.signature import block_signature, describe
-from memopt.planner.tracing import TraceError, trace
+from memopt.planner.tracing import trace
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
 from memopt.planner.validating import Validation, validate
 from memopt.planner.values import (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,18 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memopt.planner.assembling import assemble
+from memopt.planner.cuda_rules import CudaRules, workspace_bytes
 from memopt.planner.eager import eager_paths
 from memopt.planner.faking import Faker, faked
 from memopt.planner.guessing import Guesses
+from memopt.planner.losses import LossFn, TraceError, find_loss
+from memopt.planner.optimizers import forget_unused, settled_twin
 from memopt.planner.recorder import Recorder
-from memopt.planner.records import tensors_in
-from memopt.planner.values import Trace
-
-LossFn = Callable[..., Any]
-
-
-class TraceError(ValueError):
-    """A model that could not be traced; the message names the module it failed in and the shapes it was given."""
+from memopt.planner.values import Category, Trace
 
 
 def trace(
@@ -33,6 +30,7 @@ def trace(
     *,
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
+    device: str | None = None,
 ) -> Trace:
     """Traces one training step (forward, loss, backward, optimizer step) as it runs once training has settled.
 
@@ -48,6 +46,9 @@ def trace(
         optimizer: whose step is traced, with gradients freed after it as ``zero_grad`` does; None: no step.
         autocast: run forward and loss under ``torch.autocast`` of this type.
         accumulate: forward and backward passes before the optimizer's step.
+        device: type of the device that the step is to run on, "cpu" or "cuda"; default: where the parameters are (those
+            on the meta device count as on the CPU). For "cuda" the trace saves what CUDA's kernels save and rounds
+            sizes as its allocator does, whether or not there is a GPU.
 
     Returns:
         The operations, storages and blocks of the step; ``peak_bytes`` is what ``memopt.meter`` would show.
@@ -56,12 +57,15 @@ def trace(
         TraceError: the model, the loss or the optimizer failed on fake tensors, or no loss could be found.
         TypeError: ``model`` or ``inputs`` is of another type.
     """
-    _check(model, inputs, accumulate)
+    _check(model, inputs, accumulate, device)
     faker = Faker()
-    recorder = Recorder(model, _device_of(model), faker.stand_in)
+    target = device or _device_of(model)
+    recorder = Recorder(model, target, faker.stand_in)
+    rules = CudaRules() if target == "cuda" and _device_of(model) == "cpu" else nullcontext()
+    step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
     try:
         with torch.enable_grad(), eager_paths(), faked(model, faker):
-            _run(model, faker, recorder, inputs, loss_fn, optimizer, autocast, accumulate)
+            _run(model, faker, recorder, step, rules)
     except TraceError:
         raise
     except Exception as error:
@@ -69,13 +73,26 @@ def trace(
     return assemble(model, recorder)
 
 
-def _check(model: Any, inputs: Any, accumulate: int) -> None:
+@dataclass(frozen=True)
+class Step:
+    """What ``trace`` was asked to run."""
+
+    inputs: Any
+    loss_fn: LossFn | None
+    optimizer: Optimizer | None
+    autocast: torch.dtype | None
+    accumulate: int
+
+
+def _check(model: Any, inputs: Any, accumulate: int, device: str | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(inputs, (tuple, list, Mapping, Tensor)):
         raise TypeError(f"inputs must be a tuple, a dict or a tensor, not {type(inputs).__name__}")
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, not {accumulate}")
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
 
 
 def _device_of(model: nn.Module) -> str:
@@ -83,46 +100,43 @@ def _device_of(model: nn.Module) -> str:
     return "cuda" if any(tensor.device.type == "cuda" for tensor in tensors) else "cpu"
 
 
-def _run(
-    model: nn.Module,
-    faker: Faker,
-    recorder: Recorder,
-    inputs: Any,
-    loss_fn: LossFn | None,
-    optimizer: Optimizer | None,
-    autocast: torch.dtype | None,
-    accumulate: int,
-) -> None:
+def _run(model: nn.Module, faker: Faker, recorder: Recorder, step: Step, rules: AbstractContextManager[Any]) -> None:
     """Sets everything up as it is before a step, then runs that step under the recorder."""
-    device = _device_of(model)
+    device, autocast = _device_of(model), step.autocast
     if autocast is None and torch.is_autocast_enabled(device):
         autocast = torch.get_autocast_dtype(device)
-    given = _arguments(inputs)
+    given = _arguments(step.inputs)
     positional, named = faker.value(given)
     guesses = Guesses(faker.mode)
     guesses.remember((positional, named), given)
     with torch.autocast(device, enabled=False), faker.mode, guesses:
-        twin = None if optimizer is None else _settled(faker, optimizer)
+        twin = None if step.optimizer is None else settled_twin(faker, step.optimizer, recorder.device == "cuda")
         recorder.adopt_module(model)
         if twin is not None:
             recorder.adopt_optimizer(twin)
         recorder.adopt((positional, named))
+        if recorder.device == "cuda":
+            recorder.adopt(torch.empty(workspace_bytes(), dtype=torch.uint8), Category.TEMPORARIES)
         recorder.start()
         try:
-            for _ in range(accumulate):
+            for _ in range(step.accumulate):
                 context = nullcontext() if autocast is None else torch.autocast(device, autocast)
-                with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor), context:
+                with torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpacked), rules, context:
                     output = model(*positional, **named)
-                    loss = _loss(output, loss_fn)
+                    loss = find_loss(output, step.loss_fn)
                 torch.clear_autocast_cache()  # as leaving the outermost context does
                 if not loss.requires_grad:
                     raise TraceError("the loss needs no gradient: no parameter that requires one takes part in it")
                 loss.backward()  # type: ignore[no-untyped-call]
             if twin is not None:
                 twin.step()
-                _forget_unused(twin, recorder)
+                forget_unused(twin, recorder)
         finally:
             recorder.stop()
+
+
+def _unpacked(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -132,54 +146,6 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), {str(key): value for key, value in inputs.items()}
     return tuple(inputs), {}
-
-
-def _settled(faker: Faker, optimizer: Optimizer) -> Optimizer:
-    """The optimizer's twin with the state that it has after a first step."""
-    twin = faker.optimizer(optimizer)
-    if callable(getattr(twin, "update", None)):  # memopt's own: kernels do the arithmetic, the class only keeps state
-        twin.__dict__["update"] = lambda batch: None
-    trained = [p for group in twin.param_groups for p in group["params"] if p.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    twin.step()
-    for parameter in trained:
-        parameter.grad = None
-    return twin
-
-
-def _forget_unused(optimizer: Optimizer, recorder: Recorder) -> None:
-    """Takes back the state of parameters that got no gradient: a real optimizer never makes it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                for tensor in tensors_in(optimizer.state.get(parameter)):
-                    record = recorder.observe(tensor)
-                    if record is not None:
-                        record.death = record.birth
-
-
-def _loss(output: Any, loss_fn: LossFn | None) -> Tensor:
-    found = _default_loss(output) if loss_fn is None else loss_fn(output)
-    parts = list(tensors_in(found))
-    if not parts:
-        raise TraceError(f"no loss: loss_fn returned {type(found).__name__}; it must return a scalar tensor")
-    total = parts[0] if parts[0].dim() == 0 else parts[0].sum()
-    for part in parts[1:]:
-        total = total + (part if part.dim() == 0 else part.sum())
-    return total
-
-
-def _default_loss(output: Any) -> Tensor:
-    if isinstance(output, Tensor) and output.dim() == 0:
-        return output
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(loss, Tensor):
-        return loss
-    for tensor in tensors_in(dict(output) if isinstance(output, Mapping) else output):
-        if tensor.is_floating_point():
-            return tensor.mean()
-    raise TraceError(f"no loss: the model returned {type(output).__name__} without a floating tensor; give loss_fn")
 
 
 def _explain(recorder: Recorder, error: Exception) -> str:
