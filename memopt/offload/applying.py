@@ -12,6 +12,7 @@ from memopt.offload.calls import Policy
 from memopt.offload.checking import check_actions, find_block, missing_fields
 from memopt.offload.errors import PlanMismatchError
 from memopt.offload.planned import PlannedForward
+from memopt.offload.session import Counts
 from memopt.offload.tiers import open_tier
 from memopt.planner.values import BlockPlan
 
@@ -50,6 +51,7 @@ class Handle:
                 )
         tier_name = str(getattr(plan.swap_tier, "value", plan.swap_tier) or "none")
         self.tier = open_tier(tier_name, folder, limit_bytes)
+        self.counts = Counts()
         self.blocks: list[PlannedForward] = []
         for path, calls in by_path.items():
             parts = [calls.get(n) for n in range(max(calls) + 1)]
@@ -59,7 +61,7 @@ class Handle:
             ]
             self.blocks.append(PlannedForward(blocks[path], path, policies, self))
         for planned in self.blocks:
-            planned.block.forward = planned  # type: ignore[method-assign]
+            planned.block.forward = planned
             _planned.add(planned.block)
         self._step = model.register_forward_pre_hook(self._entered)
         self._removed = False
@@ -71,7 +73,7 @@ class Handle:
                 planned.calls = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        """A copy of the model carries the model's hook along; it belongs to this model still, and does nothing there."""
+        """A copy of the model carries the hook along; the hook still belongs to this model and does nothing there."""
         return self
 
     def remove(self) -> None:
@@ -120,7 +122,6 @@ def apply(
         UnsupportedBlockError: (a ValueError) a block is compiled or scripted; nothing is applied.
     """
     if missing := missing_fields(plan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__} without {' and '.join(missing)}; give what memopt.plan returned"
-        )
+        lacking = " and ".join(missing)
+        raise TypeError(f"plan is a {type(plan).__name__} without {lacking}; give what memopt.plan returned")
     return Handle(model, plan, swap_folder, swap_limit_bytes)

@@ -26,7 +26,7 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
         near = [name for name, _ in model.named_modules() if name.split(".")[-1] == path.split(".")[-1]][:3]
         hint = f"; the model has {', '.join(near)}" if near else ""
         raise PlanMismatchError(
-            f"the plan is for a block {path!r}, which {type(model).__name__} does not have{hint}: plan again for this model"
+            f"the plan is for a block {path!r}, which {type(model).__name__} lacks{hint}: plan again for this model"
         ) from None
     for name, module in block.named_modules():
         where = f"{path}.{name}".strip(".")
@@ -36,9 +36,7 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
                 "before compiling nothing inside it, or leave it out of the plan"
             )
         if type(module).__module__.startswith("torch.jit"):
-            raise UnsupportedBlockError(
-                f"block {where!r} is a TorchScript module, which cannot be replayed selectively"
-            )
+            raise UnsupportedBlockError(f"block {where!r} is a TorchScript module, whose code cannot be replayed")
     return block
 
 
@@ -67,27 +65,27 @@ def check_call(plan: BlockPlan, template: Template, first: bool) -> None:
                 continue
             if action.index >= count:
                 raise PlanMismatchError(
-                    f"{where}: the plan has an action for saved storage {action.index}, but this call saves only {count}; "
-                    "plan again with the inputs and settings that you train with"
+                    f"{where}: the plan has an action for saved storage {action.index}, but this call saves only "
+                    f"{count}; plan again with the inputs and settings that you train with"
                 )
             size = template.sizes[template.saved[action.index]]
             rounded = -(-size // _CUDA_ROUNDING) * _CUDA_ROUNDING
             if action.bytes and action.bytes not in (size, rounded):
                 raise PlanMismatchError(
-                    f"{where}: saved storage {action.index} has {size} bytes, the plan was made for {action.bytes}; plan "
-                    "again with the shapes and the dtype that you train with"
+                    f"{where}: saved storage {action.index} has {size} bytes, the plan was made for "
+                    f"{action.bytes}; plan again with the shapes and the dtype that you train with"
                 )
         if plan.signature and plan.signature != template.signature:
             raise PlanMismatchError(
-                f"{where}: its operations ({len(template.ops)}, signature {template.signature}) are not those that the "
-                f"plan was made for (signature {plan.signature}); plan again with the inputs, shapes, dtype and training "
-                "mode that you train with"
+                f"{where}: its operations ({len(template.ops)}, signature {template.signature}) are not those that "
+                f"the plan was made for (signature {plan.signature}); plan again with the inputs, shapes, dtype and "
+                "training mode that you train with"
             )
-    written = [s for s in template.mutated_outside() if template.kinds[s] is Kind.PARAMETER]
+    written = [s for s in template.mutated_outside if template.kinds[s] is Kind.PARAMETER]
     if written and any(action.action is Action.RECOMPUTE for action in plan.actions):
         raise UnsupportedBlockError(
-            f"{where}: its forward overwrites one of its parameters, so that nothing in it can be recomputed; leave the "
-            "block out of the plan"
+            f"{where}: its forward overwrites one of its parameters, so that nothing in it can be recomputed; leave "
+            "the block out of the plan"
         )
 
 

@@ -52,7 +52,7 @@ def needs_of(template: Template, recomputed: Iterable[int], available: Iterable[
             value_of[pack.saved] = pack.value
             if pack.saved in recomputed:
                 last_pack = number
-    mutated = set(template.mutated_outside())
+    mutated = set(template.mutated_outside)
     # A replay that must give up on the template runs everything, so whatever it would draw from must be known.
     random = any(op.random for op in template.ops)
     if template.opaque:
@@ -81,11 +81,8 @@ def needs_of(template: Template, recomputed: Iterable[int], available: Iterable[
                     copies.add(storage)
                 if version == template.versions[storage] and template.kinds[storage] is not Kind.BUFFER:
                     continue
-            number = producer.get(value)
-            if number is None:
-                continue
-            op = template.ops[number]
-            todo.extend(op.reads)
+            if value in producer:
+                todo.extend(template.ops[producer[value]].reads)
         sources[saved] = frozenset(found)
     used = sorted({s for found in sources.values() for s in found})
     packs = tuple(first_pack[s] for s in used)

@@ -54,9 +54,10 @@ class Stored:
         self.where = where
         self.bytes = tensor.untyped_storage().nbytes()
         self.device = tensor.device
-        self._identity = StorageWeakRef(tensor.untyped_storage())
+        self._identity = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._flat: Tensor | None = None
         self._handed: set[int] = set()
+        self._complete = False
         self.pieces = 0
 
     def is_of(self, tensor: Tensor) -> bool:
@@ -67,18 +68,21 @@ class Stored:
         """Bring the bytes back."""
         raise NotImplementedError
 
-    def flat(self) -> Tensor:
-        """The storage's bytes; fetched at the first call."""
+    def peek(self) -> Tensor:
+        """The bytes for a replay; they stay for the tensors that are still to be handed out, if there are any."""
+        if self._flat is None and self._complete:
+            return self.fetch()
         if self._flat is None:
             self._flat = self.fetch()
         return self._flat
 
     def hand_out(self, piece: int) -> Tensor:
         """The bytes for one of the tensors; after the last one they are no longer held here."""
-        flat = self.flat()
+        self._complete = False
+        flat = self.peek()
         self._handed.add(piece)
         if len(self._handed) == self.pieces:
-            self._flat = None
+            self._flat, self._complete = None, True
             self._handed.clear()
         return flat
 

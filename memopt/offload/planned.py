@@ -43,6 +43,7 @@ class PlannedForward:
         self.own: Callable[..., Any] = block.forward
         self.was_attribute = "forward" in block.__dict__
         self.calls = 0
+        self._parameters: list[nn.Parameter] = []
         self._variants: list[dict[Any, tuple[Compiled, Policy]]] = [{} for _ in plans]
         self._templates: list[Template | None] = [None for _ in plans]
 
@@ -67,7 +68,7 @@ class PlannedForward:
         compiled, policy = known
         if compiled.idle:
             return self.own(*args, **kwargs)
-        origin = Origin(self.block, self._where(number), self.own, args, kwargs)
+        origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
         call = Call(origin, policy, compiled)
         if compiled.needs.random:
             origin.generators = compiled.template.generators
@@ -87,10 +88,11 @@ class PlannedForward:
     ) -> Any:
         """The first call of a kind: recorded while it runs, and checked against the plan."""
         plan, policy = planned
+        self._parameters = list(self.block.parameters())
         first = self._templates[number]
         # A later kind of call keeps everything once; until it has been seen, the plan's indices mean nothing for it.
         used = policy if first is None else Policy({}, policy.tier)
-        origin = Origin(self.block, self._where(number), self.own, args, kwargs)
+        origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
         call = Call(origin, used, None)
         recorder = call.recorder = Recorder(self._known(origin), keep_copies=used.recomputes)
         with autocast(origin.autocast), saved_tensors_hooks(call.pack, unpack), recorder:
@@ -128,11 +130,10 @@ class PlannedForward:
 
     def _copy(self, origin: Origin, compiled: Compiled) -> None:
         for storage in compiled.needs.copies:
-            kind, name = compiled.template.outside_names.get(storage) or ("", None)
-            if kind == "buffer":
-                origin.copies[storage] = copy_of_storage(self.block.get_buffer(name))
-            elif kind == "input":
-                origin.copies[storage] = copy_of_storage(origin.inputs[name])
+            place = compiled.template.outside_names.get(storage)
+            if place is not None:
+                tensor = origin.inputs[place[1]] if place[0] == "input" else self.block.get_buffer(place[1])
+                origin.copies[storage] = copy_of_storage(tensor)
 
     def _where(self, number: int) -> str:
         return f"{self.path!r}" if len(self.plans) == 1 else f"{self.path!r} (call {number})"

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.offload.template import Kind, Layout, OpTemplate, Output, Pack, Template, Value
-from memopt.offload.trees import constants, operands
+from memopt.offload.trees import operands, operands_and_constants
 from memopt.planner.signature import Entry, block_signature, describe
 
 # Batch norms that change the running statistics without saying so in their schema: positions of those arguments.
@@ -73,7 +73,7 @@ def needs_data(func: Any, args: tuple[Any, ...]) -> bool:
     return True
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the operations of one block call and builds its template.
 
     Args:
@@ -82,7 +82,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, Kind, Any]], keep_copies: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.template = Template()
         self.paused = False
         self.copies: dict[int, Tensor] = {}
@@ -97,6 +97,10 @@ class Recorder(TorchDispatchMode):
             if storage is not None and kind is not Kind.PARAMETER:
                 self.template.outside_names.setdefault(storage, name)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
     def number(self, tensor: Tensor, kind: Kind = Kind.OUTSIDE) -> int | None:
         """The number of a tensor's storage within the call; None where a tensor has no storage of its own."""
         try:
@@ -107,7 +111,7 @@ class Recorder(TorchDispatchMode):
         key = storage._cdata
         if key not in self._numbers:
             # The weak reference keeps the address from being given to another storage.
-            self._numbers[key] = (len(self.template.kinds), StorageWeakRef(storage))
+            self._numbers[key] = (len(self.template.kinds), StorageWeakRef(storage))  # type: ignore[no-untyped-call]
             self.template.kinds.append(kind)
             self.template.sizes.append(storage.nbytes())
             self.template.versions.append(0)
@@ -142,7 +146,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        tensors = operands(args, kwargs)
+        tensors, consts = operands_and_constants(args, kwargs)
         written = written_positions(func, args, kwargs, tensors)
         reads = tuple(self.value(tensor) for tensor in tensors)
         # Before it runs: an operation in place may change these.
@@ -156,7 +160,7 @@ class Recorder(TorchDispatchMode):
         for storage in dict.fromkeys(reads[position][0] for position in written):
             if storage >= 0:
                 self.template.versions[storage] += 1
-        self._note(func, args, kwargs, tensors, reads, shapes, written, output, random, offset)
+        self._note(func, args, consts, tensors, reads, shapes, written, output, random, offset)
         return output
 
     def _about_to_write(self, value: Value, tensor: Tensor) -> None:
@@ -196,7 +200,7 @@ class Recorder(TorchDispatchMode):
         self,
         func: Any,
         args: Any,
-        kwargs: Any,
+        consts: list[Any],
         tensors: list[Tensor],
         reads: tuple[Value, ...],
         shapes: Any,
@@ -228,7 +232,6 @@ class Recorder(TorchDispatchMode):
         forced = needs_data(func, args) or (
             any(not isinstance(item, Tensor) and item is not None for item in items) and name not in _SHAPE_ONLY
         )
-        consts = constants(args, kwargs, floats=not tensors)
         container = type(output) if isinstance(output, (tuple, list)) else None
         self.template.ops.append(
             OpTemplate(func, shapes, consts, reads, outputs, container, tuple(made), written, random, offset, forced)

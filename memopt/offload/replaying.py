@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from memopt.offload.recording import written_positions
 from memopt.offload.standin import StandIn, stand_in
 from memopt.offload.tape import Chain, Hole, Key, Node, Tape
 from memopt.offload.template import Layout, OpTemplate, Template
-from memopt.offload.trees import constants, operands, with_operands
+from memopt.offload.trees import operands_and_constants, with_operands
 
 _local = threading.local()
 
@@ -51,7 +50,7 @@ def view_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     output = func(*new_args, **new_kwargs)
 
     def one(item: Tensor) -> Tensor:
-        return stand_in(replace(Layout.of(item), device=base.device), base.chain)
+        return stand_in(Layout.of(item)._replace(device=base.device), base.chain)
 
     return type(output)(one(item) for item in output) if isinstance(output, (tuple, list)) else one(output)
 
@@ -75,7 +74,7 @@ class Seen:
             self.tensor = tensor
 
 
-class Replayer(TorchDispatchMode):
+class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The mode under which a block's forward runs again.
 
     Args:
@@ -96,22 +95,28 @@ class Replayer(TorchDispatchMode):
         eager: bool,
         outside: Callable[[], Iterable[Tensor]],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._wanted = wanted
         self._outside = outside
         self.template, self.tape, self.last_pack, self.eager = template, tape, last_pack, eager
         self.seen: list[Seen] = []
         self._position = 0
+        self._ops = template.ops
         self._ordinal = 0
         self._pretending = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Wrapping each dispatch to keep torch.compile out of it takes longer than the dispatch.
+        return False
+
     def __enter__(self) -> Any:
         _local.depth = getattr(_local, "depth", 0) + 1
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         _local.depth -= 1
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def input_over(self, layout: Layout, chain: Chain, requires_grad: bool) -> Tensor:
         """A stand-in to pass to the block, not a leaf where it requires gradients: the block may overwrite it."""
@@ -133,8 +138,8 @@ class Replayer(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._pretending:
             return stand_in(Layout.of(args[0]), args[0].chain)
-        tensors = operands(args, kwargs)
-        known = self._known(func, args, kwargs, tensors)
+        tensors, consts = operands_and_constants(args, kwargs)
+        known = self._known(func, tensors, consts)
         if known is None and not self.eager and is_view(func) and any(isinstance(t, StandIn) for t in tensors):
             # Autograd makes views again, where stand-ins leave it no other way to follow a write to a view.
             return view_of(func, args, kwargs, tensors)
@@ -146,17 +151,15 @@ class Replayer(TorchDispatchMode):
             return self._now(func, args, kwargs, tensors, known)
         return self._later(func, args, kwargs, tensors, known)
 
-    def _known(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> OpTemplate | None:
-        if self.eager or self._position >= len(self.template.ops):
+    def _known(self, func: Any, tensors: list[Tensor], consts: list[Any]) -> OpTemplate | None:
+        if self.eager or self._position >= len(self._ops):
             return None
-        known = self.template.ops[self._position]
-        if known.func is not func or len(tensors) != len(known.shapes):
+        known = self._ops[self._position]
+        if known.func is not func or len(tensors) != len(known.shapes) or consts != known.constants:
             return None
         for tensor, (shape, stride, dtype) in zip(tensors, known.shapes, strict=True):
             if tensor.shape != shape or tensor.dtype != dtype or tensor.stride() != stride:
                 return None
-        if constants(args, kwargs, floats=not tensors) != known.constants:
-            return None
         return known
 
     def _node(
@@ -169,11 +172,16 @@ class Replayer(TorchDispatchMode):
         fresh: list[tuple[int, Chain]],
         random: bool,
     ) -> Node:
-        holes = [Hole((t.chain, t.chain.version), Layout.of(t)) for t in tensors if isinstance(t, StandIn)]
-        source = iter(holes)
-        new_args, new_kwargs = with_operands(
-            args, kwargs, [next(source) if isinstance(t, StandIn) else t for t in tensors]
-        )
+        holes = []
+        mixed: list[Any] = []
+        for t in tensors:
+            if isinstance(t, StandIn):
+                hole = Hole((t.chain, t.chain.version), Layout.of(t))
+                holes.append(hole)
+                mixed.append(hole)
+            else:
+                mixed.append(t)
+        new_args, new_kwargs = with_operands(args, kwargs, mixed)
         changed: list[Key] = []
         for position in written:
             tensor = tensors[position]
@@ -219,7 +227,7 @@ class Replayer(TorchDispatchMode):
             if not stand_ins and not random:
                 return func(*args, **kwargs)
             real_writes = tuple(p for p in written if isinstance(tensors[p], StandIn))
-            node = self._node(func, args, kwargs, tensors, real_writes, [], random)
+            self._node(func, args, kwargs, tensors, real_writes, [], random)
             output = self.tape.run(len(self.tape.nodes) - 1)
         return self._as_given(output, tensors, real_writes)
 
@@ -230,8 +238,8 @@ class Replayer(TorchDispatchMode):
             for tensor in written:
                 if tensor.untyped_storage()._cdata in theirs:
                     raise ReplayError(
-                        f"{func} would overwrite a tensor of shape {tuple(tensor.shape)} from outside the block a second "
-                        "time, which it did not do when the block first ran"
+                        f"{func} would overwrite a tensor of shape {tuple(tensor.shape)} from outside the block "
+                        "again, which it did not do when the block first ran"
                     )
 
     @staticmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -22,6 +24,15 @@ from memopt.offload.template import Kind, Layout, Template
 from memopt.offload.trees import map_tensors, tensors_in
 
 
+@dataclass
+class Counts:
+    """How often blocks were replayed, and how many of those replays had to run the whole block at once, and why."""
+
+    replays: int = 0
+    whole: int = 0
+    reasons: set[str] = field(default_factory=set)
+
+
 class Origin:
     """What a block call started from, so that its code can run again.
 
@@ -30,10 +41,22 @@ class Origin:
         copies: outside storages as they were before the call overwrote them, by storage number.
     """
 
-    def __init__(self, block: nn.Module, where: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        self.block, self.where, self.forward, self.args, self.kwargs = block, where, forward, args, kwargs
+    def __init__(
+        self,
+        block: nn.Module,
+        parameters: list[nn.Parameter],
+        where: str,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        counts: Counts,
+    ) -> None:
+        self.counts = counts
+        self.block, self.parameters, self.where, self.forward = block, parameters, where, forward
+        self.args, self.kwargs = args, kwargs
         self.training = block.training
-        self.inputs = [tensor for tensor in tensors_in((args, kwargs)) if type(tensor) in (Tensor, nn.Parameter)]
+        found = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+        self.inputs = [tensor for tensor in found if type(tensor) in (Tensor, nn.Parameter)]
         device = self.inputs[0].device.type if self.inputs else "cpu"
         self.autocast: Autocast = autocast_state(device)
         self.generators: Generators = ()
@@ -48,7 +71,7 @@ class Origin:
         self.parameter_version = self._parameters()
 
     def _parameters(self) -> int:
-        return sum(parameter._version for parameter in self.block.parameters())
+        return sum([parameter._version for parameter in self.parameters])
 
     def check(self) -> None:
         """Refuse to replay from inputs or parameters that were overwritten since.
@@ -86,7 +109,10 @@ class Sessions:
 
     def unpack(self, number: int, expected: Layout) -> Tensor:
         """The value of a dropped saved tensor, by its number in the call."""
-        with self._lock, torch.no_grad(), no_autocast():
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with torch.no_grad(), no_autocast():
+                return self.unpack(number, expected)
+        with self._lock:
             if number not in self._waiting:
                 self._close()
             if self._tape is None:
@@ -97,8 +123,8 @@ class Sessions:
                 where, found = self.origin.where, "nothing" if seen is None else f"{seen.layout}"
                 self._close()
                 raise ReplayError(
-                    f"block {where} saved {expected} as its tensor {number} in forward, and {found} in its replay: its "
-                    "forward depends on something that changes between calls; keep it out of the plan"
+                    f"block {where} saved {expected} as its tensor {number} in forward, and {found} in its "
+                    "replay: its forward depends on something that changes between calls; keep it out of the plan"
                 )
             try:
                 return self._value(number, seen)
@@ -116,8 +142,8 @@ class Sessions:
                 value = seen.layout.over(self._tape.get(seen.key))
             except LookupError as error:
                 raise ReplayError(
-                    f"block {self.origin.where} cannot be replayed: its backward needs {error.args[0]}; it did something "
-                    "else when it first ran. Keep it out of the plan"
+                    f"block {self.origin.where} cannot be replayed: its backward needs {error.args[0]}; it did "
+                    "something else when it first ran. Keep it out of the plan"
                 ) from error
             self._tape.release(seen.key)
         self._waiting.discard(number)
@@ -135,13 +161,20 @@ class Sessions:
         assert self.template is not None
         self.origin.check()
         self._waiting = {d.number for r in self.dropped if (d := r()) is not None}
+        counts, opaque = self.origin.counts, self.template.opaque
+        counts.replays += 1
         try:
-            self._run(eager=self.template.opaque is not None)
-        except Exception:
-            if self.template.opaque is not None:
+            strayed = self._run(eager=opaque is not None)
+            reason = opaque or ("its operations differ from those recorded" if strayed else None)
+        except Exception as error:
+            if opaque is not None:
                 raise
             # Something looked at data behind the dispatcher: bring everything back the plain way.
+            reason = f"{type(error).__name__}: {error}"
             self._run(eager=True)
+        if reason is not None:
+            counts.whole += 1
+            counts.reasons.add(f"block {self.origin.where}: {reason}")
         assert self._tape is not None
         self._supply()
         wanted = [self._seen[n].key for n in sorted(self._waiting) if n < len(self._seen)]
@@ -162,8 +195,8 @@ class Sessions:
                 else:
                     chain.loaders[version] = _loader(handle)
 
-    def _run(self, eager: bool) -> None:
-        """Run the block's code on the tape."""
+    def _run(self, eager: bool) -> bool:
+        """Run the block's code on the tape; returns whether it left the template."""
         assert self.template is not None
         origin, template = self.origin, self.template
         tape = Tape(Draws(origin.generators, origin.states, [op.rng_offset for op in template.ops if op.random]))
@@ -175,10 +208,9 @@ class Sessions:
         with attributes_restored(origin.block, origin.training), autocast(origin.autocast), torch.enable_grad():
             self._swap_buffers(replayer)
             with replayer, saved_tensors_hooks(replayer.pack, _never):
-                try:
+                with contextlib.suppress(Reached):
                     origin.forward(*args, **kwargs)
-                except Reached:
-                    return
+        return replayer.eager
 
     def _outside(self) -> list[Tensor]:
         block = self.origin.block
@@ -198,7 +230,7 @@ class Sessions:
         """The inputs again: detached, and stand-ins where the call overwrites them."""
         assert self.template is not None
         chains: dict[int, Chain] = {}
-        for storage in self.template.mutated_outside():
+        for storage in self.template.mutated_outside:
             kind, number = self.template.outside_names.get(storage, ("", 0))
             if kind == "input":
                 tensor = self.origin.inputs[number]
@@ -216,7 +248,7 @@ class Sessions:
 
     def _swap_buffers(self, replayer: Replayer) -> None:
         assert self.template is not None
-        for storage in self.template.mutated_outside():
+        for storage in self.template.mutated_outside:
             kind, path = self.template.outside_names.get(storage, ("", ""))
             if kind == "buffer":
                 owner, _, name = path.rpartition(".")
@@ -227,7 +259,7 @@ class Sessions:
 
 
 def _loader(piece: Piece) -> Callable[[], Tensor]:
-    return lambda: piece.layout.over(piece.stored.flat().view(piece.layout.dtype))
+    return lambda: piece.layout.over(piece.stored.peek().view(piece.layout.dtype))
 
 
 def _never(value: Any) -> Tensor:

@@ -19,7 +19,9 @@ class StandIn(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise ReplayError(
             f"{func} was given a tensor that a replayed block left behind; such a tensor has no data. Do not keep "
             "tensors that a block's forward makes in lists or globals, or keep this block out of the plan"
@@ -28,7 +30,7 @@ class StandIn(Tensor):
 
 def stand_in(layout: Layout, chain: Chain) -> StandIn:
     """A new stand-in over a chain."""
-    made: StandIn = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    made: StandIn = Tensor._make_wrapper_subclass(
         StandIn,
         layout.size,
         strides=layout.stride,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +59,7 @@ class Hole:
 class Node:
     """One recorded operation: its arguments with holes, and the values that it makes, fresh or in place."""
 
-    __slots__ = ("args", "done", "fresh", "func", "holes", "kwargs", "ordinal", "written")
+    __slots__ = ("args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "reads", "written")
 
     def __init__(
         self,
@@ -73,16 +74,8 @@ class Node:
         self.func, self.args, self.kwargs, self.holes = func, args, kwargs, holes
         self.fresh, self.written, self.ordinal = fresh, written, ordinal
         self.done = False
-
-    def makes(self) -> Iterable[Key]:
-        """The values that it makes."""
-        for _, chain in self.fresh:
-            yield chain, 0
-        yield from self.written
-
-    def reads(self) -> Iterable[Key]:
-        """The values that it reads, one by one."""
-        return (hole.key for hole in self.holes)
+        self.makes: list[Key] = [(chain, 0) for _, chain in fresh] + written
+        self.reads: list[Key] = [hole.key for hole in holes]
 
     def filled(self, tensors: Iterable[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Its arguments, the holes filled in order."""
@@ -106,7 +99,7 @@ class Tape:
         """Append an operation that has just been met."""
         number = len(self.nodes)
         self.nodes.append(node)
-        for chain, version in node.makes():
+        for chain, version in node.makes:
             chain.producers[version] = number
         if node.ordinal is not None:
             self.draws.met(node.ordinal, number)
@@ -120,14 +113,20 @@ class Tape:
             need.add(key)
         for number in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[number]
-            if node.done or not any(key in need and not key[0].available(key[1]) for key in node.makes()):
+            if node.done:
                 continue
-            for read in node.reads():
+            for key in node.makes:
+                if key in need and not key[0].available(key[1]):
+                    break
+            else:
+                continue
+            for read in node.reads:
                 self._uses[read] += 1
                 need.add(read)
         for node in self.nodes:
-            for key in node.makes():
-                self._drop_unused(key)
+            if node.done:
+                for key in node.makes:
+                    self._drop_unused(key)
 
     def get(self, key: Key) -> Tensor:
         """A tensor over the value's buffer, computed now if need be."""
@@ -164,7 +163,7 @@ class Tape:
                 raise LookupError("a value from before the block changed it, of which there is no copy")
             if number not in found:
                 found.add(number)
-                todo.extend(self.nodes[number].reads())
+                todo.extend(self.nodes[number].reads)
         return sorted(found)
 
     def run(self, number: int) -> Any:
@@ -177,16 +176,16 @@ class Tape:
         if node.ordinal is None:
             output = node.func(*args, **kwargs)
         else:
-            output = self.draws.run(node.ordinal, lambda: node.func(*args, **kwargs), self)
+            output = self.draws.run(node.ordinal, partial(node.func, *args, **kwargs), self)
         del real, args, kwargs
         node.done = True
         items = output if isinstance(output, (tuple, list)) else (output,)
         for place, chain in node.fresh:
             chain.values[0] = items[place]
             chain.owned.add(0)
-        for read in node.reads():
+        for read in node.reads:
             self.release(read)
-        for key in node.makes():
+        for key in node.makes:
             self._drop_unused(key)
         return output
 
@@ -199,7 +198,7 @@ class Tape:
         """Turn the version before into the buffer that the operation will overwrite."""
         chain, version = key
         before = self.get((chain, version - 1))
-        mine = sum(read == (chain, version - 1) for read in node.reads())
+        mine = sum(read == (chain, version - 1) for read in node.reads)
         free = self._counted and self._uses[chain, version - 1] <= mine and version - 1 in chain.owned
         chain.values[version] = before if free else copy_of_storage(before)
         chain.owned.add(version)
@@ -210,7 +209,7 @@ class Tape:
     def clear(self) -> None:
         """Let go of everything."""
         for node in self.nodes:
-            for chain, _ in node.makes():
+            for chain, _ in node.makes:
                 chain.values.clear()
                 chain.loaders.clear()
             node.args, node.kwargs, node.holes = (), {}, []

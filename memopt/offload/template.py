@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +26,10 @@ class Kind(Enum):
     MADE = "made"
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How a tensor lies over its storage."""
 
-    size: tuple[int, ...]
+    size: torch.Size
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
@@ -38,15 +38,13 @@ class Layout:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Layout:
         """The layout of a tensor."""
-        return cls(
-            tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype, tensor.device
-        )
+        return cls(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device)
 
     def over(self, base: torch.Tensor) -> torch.Tensor:
         """The tensor of this layout over the storage of ``base``; same bytes, exact strides."""
         if base.dtype != self.dtype:
             plain = torch.empty(0, dtype=self.dtype, device=base.device)
-            return plain.set_(base.untyped_storage(), self.offset, self.size, self.stride)  # type: ignore[call-overload]
+            return plain.set_(base.untyped_storage(), self.offset, self.size, self.stride)
         if base.shape == self.size and base.stride() == self.stride and base.storage_offset() == self.offset:
             return base
         return base.as_strided(self.size, self.stride, self.offset)
@@ -54,7 +52,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Output:
-    """One output of an operation: a fresh storage, another name for input ``position``'s, that input itself, or data."""
+    """One output of an operation: fresh storage, another name for input ``position``'s, that input itself, or data."""
 
     fresh: bool = False
     position: int | None = None
@@ -121,6 +119,7 @@ class Template:
                     found[storage] = (number, place)
         return found
 
+    @cached_property
     def mutated_outside(self) -> list[int]:
         """Storages from outside that the call writes."""
         return [s for s, kind in enumerate(self.kinds) if kind is not Kind.MADE and self.versions[s] > 0]

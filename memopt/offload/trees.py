@@ -33,23 +33,33 @@ def with_operands(
             return [next(source) if isinstance(item, kind) else item for item in value]
         return value
 
-    return [one(value) for value in args], {name: one(value) for name, value in kwargs.items()}
+    return [one(value) for value in args], {name: one(value) for name, value in kwargs.items()} if kwargs else {}
 
 
-def constants(args: Iterable[Any], kwargs: dict[str, Any], floats: bool) -> list[Any]:
-    """What is not a tensor among an operator's arguments; without ``floats``, which never decide a shape, if so asked."""
+def operands_and_constants(args: Iterable[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among an operator's arguments, and what else decides its outputs' shapes.
+
+    Floats do not, except where there are no tensors at all (``arange``), so that a constant which changes from step to
+    step does not make an operation a different one.
+    """
+    tensors: list[Tensor] = []
     found: list[Any] = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)):
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            tensors.extend(item for item in value if isinstance(item, Tensor))
             found.append([None if isinstance(item, Tensor) else item for item in value])
-        elif not isinstance(value, Tensor) and (floats or not isinstance(value, float)):
+        else:
             found.append(value)
-    return found
+    return tensors, [value for value in found if not isinstance(value, float)] if tensors else found
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor inside nested containers, and one level inside objects that are none."""
     found: list[Tensor] = []
+    if type(value) is tuple and all(isinstance(item, Tensor) or item is None for item in value):
+        return [item for item in value if item is not None]
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
@@ -60,4 +70,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same containers with ``function`` of every tensor."""
+    if type(value) is tuple:
+        return tuple(map_tensors(function, item) for item in value)
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else function(value)
+    if value == {}:
+        return {}
     return pytree.tree_map_only(Tensor, function, value)

@@ -182,7 +182,7 @@ def everything(found: dict[tuple[str, int], Any], action: Action) -> dict[tuple[
 
 
 def run(case: Case, model: nn.Module, batches: list[tuple[Any, ...]], accumulate: int = 1) -> list[Any]:
-    """Train; after every step the loss, and at the end gradients, state and random state: all to be compared bitwise."""
+    """Train; returns losses, gradients, and in the end state and random state: all to be compared bitwise."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     torch.manual_seed(123)
     seen: list[Any] = []

@@ -30,8 +30,10 @@ def _prepared(name: str, steps: int = 3):
 @pytest.mark.parametrize("action", EXACT)
 def test_one_action_for_all(name: str, action: Action) -> None:
     case, model, _, batches, expected, found = _prepared(name)
-    with apply(model, make_plan(case, everything(found, action))):
+    with apply(model, make_plan(case, everything(found, action))) as handle:
         assert same(run(case, model, batches), expected)
+        assert handle.counts.whole == 0, handle.counts.reasons
+        assert (handle.counts.replays > 0) == (action is Action.RECOMPUTE)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -40,5 +42,6 @@ def test_random_mixtures(name: str) -> None:
     for seed in range(12):
         model.load_state_dict(start)
         tier = "disk" if seed % 3 == 0 else "host"
-        with apply(model, make_plan(case, mixture(found, seed, EXACT), tier)):
+        with apply(model, make_plan(case, mixture(found, seed, EXACT), tier)) as handle:
             assert same(run(case, model, batches), expected), seed
+            assert handle.counts.whole == 0, handle.counts.reasons

@@ -1,9 +1,10 @@
 """The disk tier: one scratch file, its space handed out in extents and used again.
 
-The file is written with ``pwrite`` and read with ``pread``, straight between the disk's cache and the tensor's memory: a
-mapping of the file would answer a full disk with a signal that kills the process, where these return an error. The file
-has no name from the moment it is open, so that it goes with the process, however that ends; a crash in the instant
-between making and un-naming it leaves a file that the next start finds by its name and its lost lock, and removes.
+The file is written with ``pwrite`` and read with ``pread``, straight between the disk's cache and the tensor's memory:
+a mapping of the file would answer a full disk with a signal that kills the process, where these return an error. The
+file has no name from the moment it is open, so that it goes with the process, however that ends; a crash in the
+instant between making and un-naming it leaves a file that the next start finds by its name and its lost lock, and
+removes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class DiskSlot(Slot):
             if storage.device.type == "cpu":
                 tier.write(self._offset, storage.data_ptr(), self._bytes)
             else:
-                copy = torch.UntypedStorage(self._bytes)
+                copy = torch.UntypedStorage(self._bytes)  # type: ignore[no-untyped-call]
                 copy.copy_(storage)
                 tier.write(self._offset, copy.data_ptr(), self._bytes)
         except BaseException:
@@ -53,7 +54,7 @@ class DiskSlot(Slot):
         if self._device.type == "cpu":
             self._tier.read(self._offset, flat.data_ptr(), self._bytes)
         else:
-            copy = torch.UntypedStorage(self._bytes)
+            copy = torch.UntypedStorage(self._bytes)  # type: ignore[no-untyped-call]
             self._tier.read(self._offset, copy.data_ptr(), self._bytes)
             flat.untyped_storage().copy_(copy)
         return flat
@@ -82,7 +83,7 @@ class DiskTier(Tier):
             self._file, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
         except OSError as error:
             raise ValueError(
-                f"swap folder {folder} cannot be used ({error.strerror}); give an existing folder that can be written to"
+                f"swap folder {folder} cannot be used ({error.strerror}); give an existing, writable folder"
             ) from error
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(name)
@@ -130,11 +131,7 @@ class DiskTier(Tier):
                 joined[-1] = (joined[-1][0], joined[-1][1] + room)
             else:
                 joined.append((start, room))
-        if joined and joined[-1][0] + joined[-1][1] == self._end and joined[-1][0] == 0:
-            # Nothing is held: give the space back to the disk's other users at the next growth, keep the file.
-            self._free = joined
-        else:
-            self._free = joined
+        self._free = joined
 
     def write(self, offset: int, address: int, size: int) -> None:
         """Copy memory into the file."""

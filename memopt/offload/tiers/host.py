@@ -26,7 +26,7 @@ class HostSlot(Slot):
                 f"swap tier host: {tier.held_bytes} bytes are held and {self._bytes} more would exceed its limit of "
                 f"{tier.limit_bytes} bytes; raise the limit, or plan with less swapping or with the disk tier"
             )
-        self._copy = torch.UntypedStorage(self._bytes)
+        self._copy = torch.UntypedStorage(self._bytes)  # type: ignore[no-untyped-call]
         self._copy.copy_(storage)
         tier.held_bytes += self._bytes
         tier.moved_bytes += self._bytes

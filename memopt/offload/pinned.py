@@ -1,0 +1,223 @@
+"""The host tier on CUDA: pinned buffers, copy streams of their own, and prefetch in the order of backward.
+
+Out: the copy stream waits for what has been computed so far, then copies; the storage is held until its copy has
+finished, at most ``in_flight_bytes`` of them, beyond which compute waits for the oldest copy. In: when a storage is
+fetched, the copies of those that were put away before it are started as well, up to ``ahead_bytes``, because backward
+asks in the opposite order of forward. Pinned buffers are reused; making one is slower than many copies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from memopt.offload.errors import SwapError
+from memopt.offload.tiers.tier import Slot, Tier
+
+_MIB = 2**20
+
+
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def _passed(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+class PinnedPool:
+    """Pinned host buffers by size class, handed out and taken back.
+
+    Args:
+        limit_bytes: the most that may be pinned; None for no limit but the system's.
+    """
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        self.limit_bytes = limit_bytes
+        self.pinned_bytes = 0
+        self._free: dict[int, list[Tensor]] = {}
+
+    @staticmethod
+    def size_class(size: int) -> int:
+        """The next of 1, 1.25, 1.5 and 1.75 times a power of two, at least 64 KiB: at most a quarter is wasted."""
+        size = max(size, 2**16)
+        step = 1 << (size.bit_length() - 3)
+        return -(-size // step) * step
+
+    def take(self, size: int) -> Tensor:
+        """A buffer of at least ``size`` bytes.
+
+        Raises:
+            SwapError: the limit is reached, or the system pins no more.
+        """
+        length = self.size_class(size)
+        if self._free.get(length):
+            return self._free[length].pop()
+        if self.limit_bytes is not None and self.pinned_bytes + length > self.limit_bytes:
+            self._release_unused()
+        if self.limit_bytes is not None and self.pinned_bytes + length > self.limit_bytes:
+            raise SwapError(
+                f"swap tier host: {self.pinned_bytes} bytes are pinned and {length} more would exceed the limit of "
+                f"{self.limit_bytes} bytes; raise swap_limit_bytes, or plan with less host memory or the disk tier"
+            )
+        try:
+            buffer = torch.empty(length, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise SwapError(
+                f"swap tier host: the system did not pin {length} bytes of host memory ({self.pinned_bytes} are "
+                "pinned): this is host memory, not the GPU's; raise the limit of locked memory (ulimit -l, or the memory "
+                "of the virtual machine), set swap_limit_bytes, or use the disk tier"
+            ) from error
+        self.pinned_bytes += length
+        return buffer
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a buffer back."""
+        self._free.setdefault(buffer.numel(), []).append(buffer)
+
+    def _release_unused(self) -> None:
+        for buffers in self._free.values():
+            self.pinned_bytes -= sum(buffer.numel() for buffer in buffers)
+        self._free.clear()
+
+
+class PinnedSlot(Slot):
+    """One storage in pinned memory, on its way out, or on its way back."""
+
+    def __init__(self, tier: PinnedTier, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._tier, self._device, self._bytes = tier, tensor.device, storage.nbytes()
+        self._buffer = tier.pool.take(self._bytes)
+        self._back: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+        source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (self._bytes,), (1,))
+        compute = torch.cuda.current_stream(self._device)
+        # The values must be complete before the copy reads them.
+        tier.out_stream.wait_stream(compute)
+        with torch.cuda.stream(tier.out_stream):
+            self._buffer[: self._bytes].copy_(source, non_blocking=True)
+            self.left = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.left.record(tier.out_stream)
+        tier.leaving(self.left, source)
+        tier.held_bytes += self._bytes
+        tier.moved_bytes += self._bytes
+
+    def start_back(self) -> None:
+        """Start the copy to the device, unless it has been."""
+        if self._back is not None:
+            return
+        tier = self._tier
+        # Allocated on the compute stream, where it will be used and freed; the copy must not start before memory that
+        # this allocation reuses has been read for the last time.
+        self._back = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
+        tier.in_stream.wait_stream(torch.cuda.current_stream(self._device))
+        # The way out must be finished before the way back begins.
+        tier.in_stream.wait_event(self.left)
+        with torch.cuda.stream(tier.in_stream):
+            self._back.copy_(self._buffer[: self._bytes], non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(tier.in_stream)
+        tier.ahead_bytes += self._bytes
+
+    def get(self) -> Tensor:
+        """The bytes on the device; compute waits for their arrival, the host does not."""
+        tier = self._tier
+        self.start_back()
+        assert self._back is not None
+        assert self._arrived is not None
+        back, self._back = self._back, None
+        tier.ahead_bytes -= self._bytes
+        if not _passed(self._arrived):
+            tier.late += 1
+        torch.cuda.current_stream(self._device).wait_event(self._arrived)
+        tier.prefetch_before(self)
+        return back
+
+    def __del__(self) -> None:
+        if hasattr(self, "left"):
+            self._tier.held_bytes -= self._bytes
+            if self._back is not None and self._arrived is not None:
+                # Fetched ahead and never asked for: its memory may be reused only after the copy into it.
+                torch.cuda.current_stream(self._device).wait_event(self._arrived)
+                self._tier.ahead_bytes -= self._bytes
+            # The buffer may be handed out again only when both copies are done with it.
+            self._tier.retire(self._buffer, self._arrived or self.left)
+
+
+class PinnedTier(Tier):
+    """Pinned memory with two copy streams.
+
+    Args:
+        limit_bytes: the most host memory to pin.
+        in_flight_bytes: device memory that waits for copies out at most.
+        prefetch_bytes: device memory filled ahead of need at most.
+    """
+
+    def __init__(
+        self, limit_bytes: int | None, in_flight_bytes: int = 1024 * _MIB, prefetch_bytes: int = 512 * _MIB
+    ) -> None:
+        self.pool = PinnedPool(limit_bytes)
+        self.in_flight_bytes, self.prefetch_bytes = in_flight_bytes, prefetch_bytes
+        self.out_stream, self.in_stream = _stream(), _stream()
+        self.ahead_bytes = 0
+        self.late = 0
+        self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._leaving_bytes = 0
+        self._order: list[ref[PinnedSlot]] = []
+        self._retired: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def put(self, tensor: Tensor) -> Slot:
+        """Start the copy out."""
+        self._collect()
+        slot = PinnedSlot(self, tensor)
+        self._order.append(ref(slot))
+        return slot
+
+    def leaving(self, event: torch.cuda.Event, source: Tensor) -> None:
+        """Hold a storage until its copy is done; over the limit, compute waits for the oldest copies."""
+        self._leaving.append((event, source))
+        self._leaving_bytes += source.numel()
+        while self._leaving and (self._leaving_bytes > self.in_flight_bytes or _passed(self._leaving[0][0])):
+            done, oldest = self._leaving.popleft()
+            if not _passed(done):
+                began = time.perf_counter()
+                # The storage is freed on the compute stream: whatever reuses it must come after the copy.
+                torch.cuda.current_stream(oldest.device).wait_event(done)
+                self.stall_seconds += time.perf_counter() - began
+            self._leaving_bytes -= oldest.numel()
+
+    def prefetch_before(self, slot: PinnedSlot) -> None:
+        """Start the copies of storages that were put away before this one: backward asks for them next."""
+        position = next((n for n in range(len(self._order) - 1, -1, -1) if self._order[n]() is slot), None)
+        if position is None:
+            return
+        for reference in reversed(self._order[:position]):
+            other = reference()
+            if other is not None:
+                if self.ahead_bytes + other._bytes > self.prefetch_bytes:
+                    return
+                other.start_back()
+
+    def retire(self, buffer: Tensor, event: torch.cuda.Event) -> None:
+        """Take a buffer back once the event has passed."""
+        self._retired.append((buffer, event))
+
+    def new_step(self) -> None:
+        """Forget the order of slots that are gone."""
+        self._order = [reference for reference in self._order if reference() is not None]
+        self._collect()
+
+    def _collect(self) -> None:
+        waiting = []
+        for buffer, event in self._retired:
+            if _passed(event):
+                self.pool.give(buffer)
+            else:
+                waiting.append((buffer, event))
+        self._retired = waiting
+        while self._leaving and _passed(self._leaving[0][0]):
+            self._leaving_bytes -= self._leaving.popleft()[1].numel()
