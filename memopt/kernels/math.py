@@ -20,11 +20,13 @@ __all__ = [
     "clamp",
     "copysign",
     "exp",
+    "exponent",
     "floor",
     "fma",
     "log",
     "maximum",
     "minimum",
+    "power_of_two",
     "root4",
     "rsqrt",
     "sign",
@@ -100,6 +102,18 @@ def exp(x: Number) -> Number:
 def log(x: Number) -> Number:
     """Natural logarithm."""
     return _unary("log", _math.log, torch.log, x)
+
+
+def exponent(x: Number) -> Number:
+    """floor(log2(x)) of a normal float32 x > 0; -127 for zero and subnormal numbers."""
+    return _unary(
+        "exponent", lambda v: _math.frexp(v)[1] - 1.0, lambda t: ((t.view(torch.int32) >> 23) - 127).float(), x
+    )
+
+
+def power_of_two(x: Number) -> Number:
+    """2**x for a whole x from -126 to 127."""
+    return _unary("power_of_two", lambda v: 2.0**v, lambda t: ((t.int() + 127) << 23).view(torch.float32), x)
 
 
 def minimum(a: Number, b: Number) -> Number:

@@ -72,19 +72,39 @@ def quantize_blockwise(
     codec = get_codec(codec)
     check_floating("x", x)
     check_rounding(rounding)
-    backend = choose_backend(x.device)
-    if backend == "torch":
-        return Quantized(
-            *quantize_torch.quantize(x, codec, rounding, seed, step, number, offset), tuple(x.shape), codec
-        )
-    return Quantized(*quantize_torch.quantize(x, codec, rounding, seed, step, number, offset), tuple(x.shape), codec)
+    arguments = (x, codec, rounding, seed, step, number, offset)
+    answer = None
+    if choose_backend(x.device) == "native":
+        from memopt.kernels.native import quantize as native
+
+        answer = native.quantize(*arguments)
+    codes, scales = answer or quantize_torch.quantize(*arguments)
+    return Quantized(codes, scales, tuple(x.shape), codec)
 
 
-def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tensor of shape ``q.shape`` that the codes stand for, contiguous, in float32, bfloat16 or float16."""
-    if dtype not in FLOATS:
+def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The tensor of shape ``q.shape`` that the codes stand for.
+
+    Args:
+        q: from :func:`quantize_blockwise`.
+        dtype: float32, bfloat16 or float16; of the result when there is no ``out``.
+        out: a contiguous tensor of that shape to write into; fresh memory costs more than the arithmetic.
+    """
+    if out is None and dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return quantize_torch.dequantize(q.codes, q.scales, q.shape, q.codec).to(dtype)
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+    check_floating("out", out)
+    if tuple(out.shape) != tuple(q.shape) or out.device != q.codes.device or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {q.shape} on {q.codes.device}, got {tuple(out.shape)} on {out.device}"
+        )
+    if choose_backend(q.codes.device) == "native":
+        from memopt.kernels.native import quantize as native
+
+        if native.dequantize(q.codes, q.scales, q.codec, out):
+            return out
+    return out.copy_(quantize_torch.dequantize(q.codes, q.scales, q.shape, q.codec))
 
 
 def check_floating(name: str, x: Tensor) -> None:

@@ -21,6 +21,8 @@ _CALLS = {
     "abs": "vabs",
     "copysign": "vcopysign",
     "sign": "vsign",
+    "exponent": "vexponent",
+    "power_of_two": "vpower_of_two",
     "floor": "vfloor",
     "exp": "vexp",
     "log": "vlog",
@@ -183,9 +185,13 @@ def _row(table: Sequence[float]) -> str:
 
 @functools.cache
 def header() -> str:
-    """vec.hpp with its parts in place of their includes."""
-    folder = Path(__file__).parent
-    text = (folder / "vec.hpp").read_text()
+    """vec.hpp, with its parts in place of their includes, and blocks.hpp."""
+    text = read("vec.hpp")
     for part in ("vec_avx512.hpp", "vec_avx2.hpp", "vec_generic.hpp"):
-        text = text.replace(f'#include "{part}"\n', (folder / part).read_text())
-    return text
+        text = text.replace(f'#include "{part}"\n', read(part))
+    return text + read("blocks.hpp")
+
+
+def read(name: str) -> str:
+    """One of the C++ texts beside this file."""
+    return (Path(__file__).parent / name).read_text()

@@ -13,40 +13,7 @@ struct Task {           // one parameter; all fields are 8 bytes wide
     Stored state[N_STATES ? N_STATES : 1];
 };
 
-INLINE int64_t blocks_in_row(const Task& t, int64_t block) {
-    if (t.flat) return (t.cols + block - 1) / block;
-    return t.cols < 2 * block ? 1 : t.cols / block;
-}
-INLINE int64_t bytes_in_row(int64_t cols, int64_t blocks, int64_t block) {  // 4-bit codes
-    return (blocks - 1) * ((block + 1) / 2) + (cols - (blocks - 1) * block + 1) / 2;
-}
-// 4-bit codes of one block: its first half lies in the low nibbles. Steps of W bytes, as the codes were stored, so that
-// loads find their data still on the way to the cache.
-typedef uint8_t vb __attribute__((vector_size(W)));
-typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
-INLINE void unpack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
-    int half = (n + 1) / 2, i = 0;
-    for (; i + W <= n - half; i += W) {
-        vb x = *(const vb_any*)(in + i);
-        *(vb_any*)(out + i) = x & 15;
-        *(vb_any*)(out + half + i) = x >> 4;
-    }
-    for (; i < half; i++) {
-        out[i] = in[i] & 15;
-        if (half + i < n) out[half + i] = in[i] >> 4;
-    }
-}
-INLINE void pack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
-    int half = (n + 1) / 2, i = 0;
-    for (; i + W <= n - half; i += W)
-        *(vb_any*)(out + i) = *(const vb_any*)(in + i) | (*(const vb_any*)(in + half + i) << 4);
-    for (; i < half; i++) out[i] = (uint8_t)(in[i] | (half + i < n ? in[half + i] << 4 : 0));
-}
-// blocks with an infinity or NaN encode zeros; tiny ones are made larger first
-INLINE void prepare(float* values, int n, const Scale& s) {
-    if (__builtin_expect(s.lift != 1.0f, 0))
-        for (int i = 0; i < n; i++) values[i] = s.lift == 0 ? 0 : values[i] * s.lift;
-}
+INLINE int64_t blocks_in_row(const Task& t, int64_t block) { return blocks_in_row(t.cols, t.flat, block); }
 INLINE vf first_lanes(vf x, int n) { return as_f(as_u(x) & (vu)(lanes() < splat_u((uint32_t)n))); }
 
 static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float* uniforms, double* sums);

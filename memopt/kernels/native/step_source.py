@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
-from memopt.kernels.native.cpp import Printer, codec_functions, header, literal
+from memopt.kernels.native.cpp import Printer, codec_functions, header, literal, read
 from memopt.kernels.update import Update
 
 CPP_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -60,7 +59,7 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr]]:
     tile = math.lcm(*blocks) if blocks else TILE
     tile *= -(-TILE // tile)
     parts = [header(), f"enum {{ N_STATES = {count}, N_SUMS = {len(sums)}, TILE = {tile} }};\n"]
-    parts.append((Path(__file__).parent / "step.hpp").read_text())
+    parts.append(read("step.hpp"))
     scale_parts: dict[int, list[str]] = {}
     for j in kind.quantised:
         codec = kind.stored[j]

@@ -67,6 +67,8 @@ INLINE vf vcopysign(vf x, vf like) {
     return as_f((as_u(x) & splat_u(0x7fffffffu)) | (as_u(like) & splat_u(0x80000000u)));
 }
 INLINE vf vsign(vf x) { return select(gt(x, splat(0)), splat(1), select(lt(x, splat(0)), splat(-1), splat(0))); }
+INLINE vf vexponent(vf x) { return to_float((vi)(as_u(x) >> 23)) - splat(127); }
+INLINE vf vpower_of_two(vf x) { return as_f((vu)(to_int(x) + 127) << 23); }
 INLINE vf vroot4(vf x) { return vsqrt(vsqrt(x)); }
 // What codecs need. The square root to about 1 ulp for finite x >= 0: an estimate and one Newton step.
 INLINE vf vsqrt_fast(vf x) {
