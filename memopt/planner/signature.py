@@ -16,8 +16,33 @@ import torch
 
 Entry = tuple[str, tuple[int, ...], str]
 
+# Autograd makes some of these a second time after a write to a view, on fake tensors only.
 _NAMES_ONLY = frozenset(
-    {"detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "_unsafe_view", "view", "reshape", "_reshape_alias"}
+    {
+        "alias",
+        "as_strided",
+        "detach",
+        "diagonal",
+        "expand",
+        "lift",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "permute",
+        "reshape",
+        "_reshape_alias",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "_unsafe_view",
+        "view",
+    }
 )
 _ATTENTION = "_scaled_dot_product_"
 
