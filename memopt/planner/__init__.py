@@ -6,6 +6,7 @@ from memopt.planner.placement import Buffer, Placement, place
 from memopt.planner.plan_file import Plan, Timeline
 from memopt.planner.planning import plan
 from memopt.planner.policy import SolverError
+from memopt.planner.presets import FoundModel, ModelError, find_model, preset_names
 from memopt.planner.signature import block_signature, describe
 from memopt.planner.tracing import trace
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
@@ -31,8 +32,10 @@ __all__ = [
     "BudgetError",
     "Buffer",
     "Category",
+    "FoundModel",
     "Hardware",
     "HardwareError",
+    "ModelError",
     "Op",
     "Phase",
     "Placement",
@@ -48,12 +51,14 @@ __all__ = [
     "Validation",
     "block_signature",
     "describe",
+    "find_model",
     "format_bytes",
     "hardware",
     "hardware_names",
     "parse_bytes",
     "place",
     "plan",
+    "preset_names",
     "trace",
     "validate",
 ]

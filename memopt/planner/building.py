@@ -127,7 +127,7 @@ class Builder:
             return []
         last = max((self.storages[saved.storage].death for saved in movable), default=0)
         pinned = [self.storages[v] for v in block.inputs if self.storages[v].category is not Category.WEIGHTS]
-        return [Resource(self.number(), 0.0, ((s.death, last, s.bytes),)) for s in pinned if s.death < last]
+        return [Resource(self.number(), 0.0, ((s.death, last, s.bytes),), s.bytes) for s in pinned if s.death < last]
 
     def _replay_cost(
         self, replay: Replay | None, shared: dict[int, Resource], pins: list[Resource]
@@ -168,7 +168,8 @@ class Builder:
         best = (times.forward_stop, times.forward_stop)
         for start, stop in pairwise(ordered):
             plain = all(held_at(c.spans, start) == c.held_bytes for item in items for c in item.choices)
-            if plain and not any(held_at(r.spans, start) for r in resources) and stop - start > best[1] - best[0]:
+            plain = plain and all(held_at(r.spans, start) == r.held_bytes for r in resources)
+            if plain and stop - start > best[1] - best[0]:
                 best = (start, stop)
         return best
 
@@ -187,15 +188,12 @@ def milestones(trace: Trace, seconds: list[float]) -> tuple[Milestone, ...]:
     return tuple(found)
 
 
-def build(
-    trace: Trace, rates: Rates, budget_bytes: int | None, actions: Iterable[Action], saved_limit: int = 0
-) -> Problem:
-    """Write down the policy problem of a trace on a device.
+def build(trace: Trace, rates: Rates, actions: Iterable[Action], saved_limit: int = 0) -> Problem:
+    """Write down the policy problem of a trace on a device, with a budget of nothing: ``within`` sets another.
 
     Args:
         trace: the step.
         rates: the device.
-        budget_bytes: the most that may be resident at any position; ``None`` for no limit.
         actions: what the policy may do; keeping is always among it.
         saved_limit: saved storages of at most so many bytes are kept without asking.
     """
@@ -203,11 +201,10 @@ def build(
     blocks = tuple(builder.block(position) for position in range(len(trace.blocks)))
     return Problem(
         blocks=blocks,
-        positions=positions(trace, blocks, builder.managed, budget_bytes),
+        positions=positions(trace, blocks, builder.managed),
         milestones=milestones(trace, builder.seconds),
         rates=rates,
-        budget_bytes=budget_bytes,
+        budget_bytes=0,
         compute_seconds=sum(builder.seconds),
         variables=builder.variables,
-        floor_bytes=sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS and s.birth <= 0),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from memopt.planner.building import build
 from memopt.planner.plan_file import Plan, model_signature
@@ -111,6 +112,12 @@ class _Planner:
         self.trace, self.rates, self.actions = trace, rates, actions
         self.deadline, self.solver = time.monotonic() + time_limit, solver
         self.bound_seconds: float | None = None
+        self._smallest: _Answer | None = None
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The problem, built when first needed."""
+        return build(self.trace, self.rates, self.actions)
 
     def left(self) -> float:
         """Seconds that the next solve may take."""
@@ -135,7 +142,7 @@ class _Planner:
         """
         target, best, raised = budget_bytes, None, False
         for _ in range(ROUNDS):
-            problem = build(self.trace, self.rates, target, self.actions)
+            problem = self.problem.within(target)
             solution = solve(problem, self.left(), self.solver)
             if solution.status is Status.INFEASIBLE:
                 break
@@ -159,12 +166,14 @@ class _Planner:
 
     def smallest(self) -> _Answer:
         """The policy with the smallest peak that was found."""
-        problem = build(self.trace, self.rates, 0, self.actions)
-        _, solution = smallest_peak(problem, self.left(), self.solver)
+        if self._smallest is not None:
+            return self._smallest
+        _, solution = smallest_peak(self.problem, self.left(), self.solver)
         kept = simulate(self.trace, (), self.rates)
-        answer = self._play(problem, solution)
+        answer = self._play(self.problem, solution)
         if kept.peak_bytes <= answer.simulation.peak_bytes:
-            return _Answer(self.block_plans({}), kept, solution, "nothing saves memory here")
+            answer = _Answer(self.block_plans({}), kept, solution, "nothing saves memory here")
+        self._smallest = answer
         return answer
 
     def _play(self, problem: Problem, solution: Solution) -> _Answer:

@@ -8,7 +8,7 @@ for two of them, an input that must stay alive), each taken when one of its choi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memopt.planner.values import Action
 
@@ -75,11 +75,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Resource:
-    """Something that several choices share: an operation to replay (``seconds``), bytes that they hold (``spans``)."""
+    """Something that several choices share: an operation to replay (``seconds``), bytes that they hold (``spans``).
+
+    Of those ``held_bytes`` are there all the time between the block's forward and backward.
+    """
 
     variable: int
     seconds: float
     spans: tuple[Span, ...]
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Moments:
 class BlockItems:
     """The decisions in one block call: ``block`` is its place in the trace, ``group`` its kind.
 
-    In the ``quiet`` span of operations it holds its choices' held bytes and nothing else.
+    In the ``quiet`` span of operations it holds the held bytes of what is taken and nothing else.
     """
 
     block: int
@@ -121,7 +125,7 @@ class BlockItems:
 class Position:
     """A moment at which memory must fit: ``fixed_bytes`` + what blocks ``quiet[0]`` to ``quiet[1]`` hold + the terms.
 
-    ``terms`` are (variable, bytes) of the blocks that are at work.
+    ``terms`` are (variable, bytes) of the blocks that are at work; ``most_bytes`` is the total of the largest choices.
     """
 
     time: int
@@ -129,6 +133,7 @@ class Position:
     fixed_bytes: int
     quiet: tuple[int, int]
     terms: tuple[tuple[int, int], ...]
+    most_bytes: int
 
 
 @dataclass(frozen=True)
@@ -141,16 +146,23 @@ class Milestone:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything the policy program needs; comparable and free of tensors."""
+    """Everything the policy program needs; comparable and free of tensors.
+
+    It holds all positions that can matter under some budget; ``within`` picks those that can under one.
+    """
 
     blocks: tuple[BlockItems, ...]
     positions: tuple[Position, ...]
     milestones: tuple[Milestone, ...]
     rates: Rates
-    budget_bytes: int | None
+    budget_bytes: int
     compute_seconds: float
     variables: int
-    floor_bytes: int
+
+    def within(self, budget_bytes: int) -> Problem:
+        """The same problem under another budget."""
+        binding = tuple(position for position in self.positions if position.most_bytes > budget_bytes)
+        return replace(self, budget_bytes=budget_bytes, positions=binding)
 
 
 def held_at(spans: tuple[Span, ...], time: int) -> int:

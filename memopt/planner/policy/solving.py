@@ -21,6 +21,7 @@ from memopt.planner.problem import Problem
 from memopt.planner.values import Status
 
 GAP = 1e-4  # of the step's seconds: far less than any model of a device can tell apart
+PEAK_GAP = 0.25  # of a thousandth of the peak, where the smallest peak is sought
 TRAFFIC_LIMIT = 2.0  # seconds spent on swapping less at no loss of time
 PROOF_LIMIT = 2.0  # seconds spent on proving an answer that is there already
 WHOLE_LIMIT = 5.0  # seconds spent on the whole program where fixing the relaxation's decisions led nowhere
@@ -60,9 +61,9 @@ def solve(problem: Problem, time_limit: float = 15.0, solver: str = "cbc", gap: 
 def smallest_peak(problem: Problem, time_limit: float = 15.0, solver: str = "cbc") -> tuple[int, Solution]:
     """Find the choices with the smallest peak, and that peak in the program's own terms.
 
-    The problem's positions must have been built for a budget that leaves out none that matters (0 keeps them all).
+    The problem's budget must leave out no position that matters; 0, with which it is built, keeps them all.
     """
-    run = _Run(problem, time_limit, solver, GAP, seek_peak=True)
+    run = _Run(problem, time_limit, solver, PEAK_GAP, seek_peak=True)
     solution = run.solve()
     return math.ceil(run.peak_bytes), solution
 
@@ -79,11 +80,16 @@ class _Run:
         self.solver = solver
         self.peak_bytes = self.bound = 0.0
         most = max((position.fixed_bytes for position in problem.positions), default=1)
-        unit_bytes = max(most, problem.budget_bytes or 1) / 1024
+        unit_bytes = max(most, problem.budget_bytes, 1) / 1024
         self.program = Program(problem, pulp.LpProblem("policy", pulp.LpMinimize), unit_bytes, problem.compute_seconds)
         program = self.program
         program.choices = {c.variable: program.continuous(f"x{c.variable}", 0, 1) for c in program.all_choices()}
-        program.resources = {r.variable: program.continuous(f"y{r.variable}", 0, 1) for r in program.all_resources()}
+        useful = useful_resources(problem)
+        program.resources = {
+            r.variable: program.continuous(f"y{r.variable}", 0, 1)
+            for r in program.all_resources()
+            if r.variable in useful
+        }
         if seek_peak:
             program.peak = program.continuous("peak")
         add_all(program)
@@ -208,3 +214,14 @@ class _Run:
             status = Status.FEASIBLE
         lower = max(0.0, seconds - over * self.problem.compute_seconds)
         return Solution(status, frozenset(taken), seconds, lower, method, time.monotonic() - self.began)
+
+
+def useful_resources(problem: Problem) -> frozenset[int]:
+    """The resources that cost seconds, hold bytes at some position, or come before one that does."""
+    found = {variable for position in problem.positions for variable, _ in position.terms}
+    for block in problem.blocks:
+        found |= {r.variable for r in block.resources if r.seconds or r.held_bytes}
+        for rule in reversed(block.together):
+            if rule.after is not None and rule.variable in found:
+                found.add(rule.after)
+    return frozenset(found)

@@ -12,6 +12,8 @@ def add(program: Program) -> None:
     """
     for block in program.problem.blocks:
         for rule in block.together:
+            if rule.variable not in program.resources:
+                continue
             mine = program.resources[rule.variable]
             if rule.after is not None:
                 program.add(program.total([(mine, 1.0), (program.resources[rule.after], -1.0)]) >= 0)

@@ -11,7 +11,7 @@ def add(program: Program) -> None:
     """For every position p with quiet blocks a to b, terms (v, bytes) and fixed bytes F_p:
 
     F_p + H_b - H_a + sum over terms of bytes * v <= budget,
-    where H_0 = 0 and H_(k+1) = H_k + sum over choices c of block k of held_c * x_c.
+    where H_0 = 0 and H_(k+1) = H_k + sum over choices c and resources r of block k of held_c * x_c + held_r * y_r.
 
     Where the smallest budget is sought, the budget is the variable ``peak``.
     """
@@ -26,6 +26,7 @@ def add(program: Program) -> None:
             for c in item.choices
             if c.held_bytes
         ]
+        terms += [(program.resources[r.variable], -r.held_bytes / unit) for r in block.resources if r.held_bytes]
         before = [(held[k], -1.0)] if k else []
         program.add(program.total([(held[k + 1], 1.0), *before, *terms]) == 0)
     for position in problem.positions:
@@ -36,5 +37,4 @@ def add(program: Program) -> None:
         if program.peak is not None:
             program.add(program.total([*terms, (program.peak, -1.0)]) <= -position.fixed_bytes / unit)
         else:
-            assert problem.budget_bytes is not None
             program.add(program.total(terms) <= (problem.budget_bytes - position.fixed_bytes) / unit)

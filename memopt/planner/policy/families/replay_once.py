@@ -9,4 +9,7 @@ def add(program: Program) -> None:
     """For every choice c and every resource r that it needs: y_r >= x_c."""
     for choice in program.all_choices():
         for need in choice.needs:
-            program.add(program.total([(program.resources[need], 1.0), (program.choices[choice.variable], -1.0)]) >= 0)
+            if need in program.resources:
+                program.add(
+                    program.total([(program.resources[need], 1.0), (program.choices[choice.variable], -1.0)]) >= 0
+                )
