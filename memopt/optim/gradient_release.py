@@ -15,6 +15,51 @@ from memopt.optim.coverage.nested import Nested
 from memopt.optim.sharding import is_sharded
 
 
+class Alone:
+    """Takes an optimizer's step for one parameter at a time, with the values that a step for all would give it.
+
+    Parameters are those of the time it is made.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.homes: dict[Tensor, tuple[int, int]] = {}  # positions of the group and of the parameter
+        for number, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                self.homes[param] = (number, len(self.homes))
+
+    @torch.no_grad()
+    def step(self, param: Tensor) -> None:
+        """The optimizer's own step with this parameter as its only one; hooks around the step are not called.
+
+        Raises:
+            RuntimeError: the optimizer counts steps in its groups, which would now count parameters.
+        """
+        optimizer = cast(Any, self._optimizer)
+        place, number = self.homes[param]
+        group = optimizer.param_groups[place]
+        alone = {**group, "params": [param]}
+        groups, optimizer.param_groups = optimizer.param_groups, [alone]
+        numbering = getattr(optimizer, "numbering", None)
+        if hasattr(optimizer, "numbering"):
+            optimizer.numbering = {param: number if numbering is None else numbering[param]}
+        try:
+            step = type(optimizer).step
+            if getattr(step, "hooked", False):
+                step = step.__wrapped__
+            step(optimizer)
+        finally:
+            optimizer.param_groups = groups
+            if hasattr(optimizer, "numbering"):
+                optimizer.numbering = numbering
+        changed = [key for key, value in alone.items() if key != "params" and group.get(key) is not value]
+        if changed:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} counts in its groups ({', '.join(changed)}); with one step per parameter "
+                "that is wrong, so its gradients cannot be used one by one"
+            )
+
+
 class GradientRelease:
     """What ``release_gradients`` returns: lets gradients add up for a while, and takes the hooks away again.
 
@@ -22,14 +67,10 @@ class GradientRelease:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, clip_value: float | None, data_parallel: Any) -> None:
-        self._optimizer = optimizer
+        self._alone = Alone(optimizer)
         self._clip_value = clip_value
         self._adding = 0
         self._alive = True
-        self._homes: dict[Tensor, tuple[dict[str, Any], int]] = {}
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                self._homes[param] = (group, len(self._homes))
         self._wrapped = isinstance(data_parallel, torch.nn.parallel.DistributedDataParallel)
         self._module = data_parallel if self._wrapped else None
         self._group = None if self._wrapped or data_parallel is False else data_parallel
@@ -38,7 +79,7 @@ class GradientRelease:
         if self._wrapped:
             data_parallel.register_comm_hook(None, lambda state, bucket: self._on_bucket(bucket))
         else:
-            for param in self._homes:
+            for param in self._alone.homes:
                 self._hooks.append(cast(Any, param).register_post_accumulate_grad_hook(self._on_gradient))
 
     @contextmanager
@@ -86,7 +127,7 @@ class GradientRelease:
         if self._alive:
             with torch.no_grad():
                 for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                    if param in self._homes:
+                    if param in self._alone.homes:
                         param.grad = gradient
                         self._update(param)
             if not self._clearing:
@@ -101,42 +142,14 @@ class GradientRelease:
 
     def _clear(self) -> None:
         self._clearing = False
-        for param in self._homes:
+        for param in self._alone.homes:
             param.grad = None
 
-    @torch.no_grad()
     def _update(self, param: Tensor) -> None:
-        """The optimizer's own step with this parameter as its only one."""
-        optimizer = cast(Any, self._optimizer)
         if self._clip_value is not None:
             param.grad = cast(Tensor, param.grad).clamp_(-self._clip_value, self._clip_value)
-        group, number = self._homes[param]
-        alone = {**group, "params": [param]}
-        groups, optimizer.param_groups = optimizer.param_groups, [alone]
-        numbering = getattr(optimizer, "numbering", None)
-        if hasattr(optimizer, "numbering"):
-            optimizer.numbering = {param: number if numbering is None else numbering[param]}
-        try:
-            _bare_step(optimizer)
-        finally:
-            optimizer.param_groups = groups
-            if hasattr(optimizer, "numbering"):
-                optimizer.numbering = numbering
+        self._alone.step(param)
         param.grad = None
-        changed = [key for key, value in alone.items() if key != "params" and group.get(key) is not value]
-        if changed:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} counts in its groups ({', '.join(changed)}); with one step per parameter "
-                "that is wrong, so its gradients cannot be released"
-            )
-
-
-def _bare_step(optimizer: torch.optim.Optimizer) -> None:
-    """``step`` without the hooks that users put around it: these fire once a step, not once a parameter."""
-    step = type(optimizer).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optimizer)
 
 
 def release_gradients(

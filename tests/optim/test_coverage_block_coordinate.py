@@ -49,7 +49,9 @@ def test_only_the_active_block_moves_and_needs_gradients(order: str) -> None:
         block = optimizer.active_block
         needed = {name for name, p in model.named_parameters() if p.requires_grad}
         assert needed == set(block.names) or (order == "greedy" and step % 2 == 1)
-        assert set(optimizer.state) == set(block.params)
+        holders = {p for p in optimizer.state if len(optimizer.state[p]) > 1}
+        assert holders <= set(block.params)
+        assert holders or step % 2 == 0
         train(model, optimizer, range(step, step + 1))
         now = values(model)
         moved = {name for name in now if not torch.equal(now[name], before[name])}

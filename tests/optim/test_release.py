@@ -119,6 +119,17 @@ def test_micro_batches_left_over_are_used_by_the_ordinary_step() -> None:
     assert_same(values(ours), values(plain))
 
 
+def test_a_state_dict_loaded_afterwards_counts() -> None:
+    ours, plain = tiny(), tiny()
+    one, other = AdamW8bit(ours.parameters(), lr=1.0), AdamW8bit(plain.parameters(), lr=1e-2)
+    release_gradients(one)
+    train(plain, other, range(2))
+    ours.load_state_dict(plain.state_dict())
+    one.load_state_dict(other.state_dict())
+    assert train(ours, one, range(2, 5)) == train(plain, other, range(2, 5))
+    assert_same(values(ours), values(plain))
+
+
 def test_clipping_by_value() -> None:
     ours, plain = tiny(), tiny()
     one, other = AdamW8bit(ours.parameters(), lr=1e-2), AdamW8bit(plain.parameters(), lr=1e-2)

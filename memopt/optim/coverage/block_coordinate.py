@@ -123,8 +123,8 @@ class BlockCoordinate(Nested):
         if self._since >= self.switch_every:
             self._switch()
         else:
-            self._mirror_live()
             self._probe()
+            self._mirror_live()
         return loss
 
     def restore(self) -> None:
@@ -170,8 +170,8 @@ class BlockCoordinate(Nested):
         self._active = self._largest() if self.order == "greedy" else self._next()
         if self._active == before:  # the same block again goes on with the state it has
             self._unprobe()
-            self._mirror_live()
             self._probe()
+            self._mirror_live()
         else:
             self._occupy(self._seats({}))
 
@@ -228,8 +228,9 @@ class BlockCoordinate(Nested):
             param.requires_grad_(id(param) in wanted)
             if id(param) not in wanted:
                 param.grad = None
-        super()._occupy(seats, inner)
+        self._occupied = seats
         self._probe()
+        super()._occupy(seats, inner)
 
     def _average(self, group: dist.ProcessGroup) -> None:
         for seat in self._occupied:

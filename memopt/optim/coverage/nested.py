@@ -39,7 +39,8 @@ class Seat:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _base_factory(base: Any) -> Callable[..., torch.optim.Optimizer]:
+def base_factory(base: Any) -> Callable[..., torch.optim.Optimizer]:
+    """What makes an optimizer from parameters and options: the class itself, or a name looked up when called."""
     if isinstance(base, str):
         name = base
 
@@ -54,7 +55,7 @@ def _base_factory(base: Any) -> Callable[..., torch.optim.Optimizer]:
     return cast("Callable[..., torch.optim.Optimizer]", base)
 
 
-def _trainable(model: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor], nn.Module | None]:
+def trainable(model: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor], nn.Module | None]:
     """Parameter groups, names and, where one was given, the module."""
     if isinstance(model, nn.Module):
         named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -91,9 +92,9 @@ class Nested(torch.optim.Optimizer):
     inner: torch.optim.Optimizer | None
 
     def __init__(self, model: Any, base: Any, options: dict[str, Any]) -> None:
-        self._base = _base_factory(base)
+        self._base = base_factory(base)
         self._base_options = dict(options)
-        groups, self._named, self._module = _trainable(model)
+        groups, self._named, self._module = trainable(model)
         probe = self._base([dict(group) for group in groups], **options)
         self._base_class = type(probe)
         super().__init__([dict(group) for group in probe.param_groups], dict(probe.defaults))
@@ -163,15 +164,15 @@ class Nested(torch.optim.Optimizer):
         incoming: dict[str, Any] = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             incoming = before(self, incoming) or incoming
-        groups = self._read_groups(incoming)
+        groups, states = self._read(incoming)
         old = self._get_position()
         wanted = self._parse(groups[0].get("coverage"))
         try:
             self._set_position(wanted)
-            seats = self._seats(incoming["state"])
-            inner = self._make(seats, groups)
+            seats = self._seats(states)
+            inner = self._make(seats)
             if inner is not None:
-                self._fill(inner, seats, groups, incoming["state"], wanted["started"])
+                self._fill(inner, seats, groups, states, wanted["started"])
         except Exception:
             self._set_position(old)
             raise
@@ -200,7 +201,8 @@ class Nested(torch.optim.Optimizer):
             raise ValueError(f"this is a position of {dict(position).get('of')!r}, this optimizer is {name}: {text}")
         return position
 
-    def _read_groups(self, incoming: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _read(self, incoming: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+        """The groups of a state dict, and its states by position: it may name parameters instead of counting them."""
         if "state" not in incoming or "param_groups" not in incoming:
             raise ValueError(f"the state dict needs 'state' and 'param_groups'; it has {sorted(incoming)}")
         groups = cast("list[dict[str, Any]]", incoming["param_groups"])
@@ -210,19 +212,20 @@ class Nested(torch.optim.Optimizer):
             raise ValueError(
                 f"the state dict has groups of {saved} parameters, this optimizer of {sizes}; nothing loaded"
             )
-        return groups
+        keys = [key for group in groups for key in group["params"]]
+        return groups, {i: incoming["state"][key] for i, key in enumerate(keys) if key in incoming["state"]}
 
     def _occupy(self, seats: list[Seat], inner: torch.optim.Optimizer | None = None) -> None:
         """Make these the parameters that hold state."""
         self._occupied = seats
-        self.inner = inner or self._make(seats, self.param_groups)
+        self.inner = inner or self._make(seats)
         self._mirror_live()
 
-    def _make(self, seats: list[Seat], groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
-        """An inner optimizer over the seats' stand-ins, with the options of ``groups``."""
+    def _make(self, seats: list[Seat]) -> torch.optim.Optimizer | None:
+        """An inner optimizer over the seats' stand-ins, with the groups' options."""
         made = []
         for number in dict.fromkeys(seat.group for seat in seats):
-            known = {k: v for k, v in groups[number].items() if k in self.defaults}
+            known = {k: v for k, v in self.param_groups[number].items() if k in self.defaults}
             made.append({**known, "params": [seat.stand_in for seat in seats if seat.group == number]})
         if not made:
             return None
@@ -260,15 +263,18 @@ class Nested(torch.optim.Optimizer):
 
     def _mirror(self, states: list[Mapping[str, Any]]) -> None:
         visit = torch.tensor(float(self._get_position()["visit"]))
+        shown = {seat.param: {**state, **seat.extra} for seat, state in zip(self._occupied, states, strict=True)}
         self.state.clear()
-        for seat, state in zip(self._occupied, states, strict=True):
-            self.state[seat.param] = {**state, **seat.extra, "visit": visit}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in shown or param.requires_grad:
+                    self.state[param] = {**shown.get(param, {}), "visit": visit}
 
     def _mirror_live(self) -> None:
         """Show the inner optimizer's states under the parameters they belong to.
 
-        ``visit`` keeps every entry from being empty: torch.distributed.checkpoint takes a step of its own on an
-        optimizer that seems to have no state yet, which would move the cycle on.
+        Every parameter that requires a gradient gets an entry with ``visit`` at least: torch.distributed.checkpoint
+        takes a step of its own on an optimizer that seems to have no state yet, which would move the cycle on.
         """
         live = {} if self.inner is None else self.inner.state
         self._mirror([live.get(seat.stand_in, {}) for seat in self._occupied])
