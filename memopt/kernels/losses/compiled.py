@@ -68,7 +68,7 @@ def _(hidden, weight, bias, scale, target, class_weight, wanted, ignore_index, r
     opmath = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     count = (hidden.shape[0] // length) * (length - shift) if length else 0
     loss = hidden.new_empty((count,) if reduction == "none" else (), dtype=opmath)
-    by_row = (hidden.new_empty((count,), dtype=opmath) for _ in range(2))
+    by_row = (hidden.new_empty((2, count), dtype=opmath), hidden.new_empty((count,), dtype=opmath))
     early = reduction != "none" and not want_stats
     shapes = (hidden.shape, weight.shape, (weight.shape[0],), ())
     dtypes = (hidden.dtype, weight.dtype, opmath, opmath)
@@ -119,7 +119,7 @@ def linear_cross_entropy_backward(
         accumulate,
     )
     problem = prepare(hidden, weight, bias, scale, target, class_weight, settings)
-    return _filled(backward(problem, Wanted(*wanted), problem.collect(lse), of_loss, of_lse), hidden)
+    return _filled(backward(problem, Wanted(*wanted), lse, of_loss, of_lse), hidden)
 
 
 @linear_cross_entropy_backward.register_fake

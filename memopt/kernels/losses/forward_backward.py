@@ -13,7 +13,10 @@ from memopt.kernels.losses.slice_pass import slice_pass
 
 
 class Outcome(NamedTuple):
-    """What the forward gives: the loss, per-position statistics, and gradients for an upstream gradient of one."""
+    """What the forward gives: the loss, per-position statistics, and gradients for an upstream gradient of one.
+
+    ``lse`` is (2, P): the log-sum-exp, and what its rounding left out.
+    """
 
     loss: Tensor
     lse: Tensor
@@ -35,16 +38,14 @@ def forward(problem: Problem, wanted: Wanted) -> Outcome:
     accuracy = _accuracy(p, result) if settings.want_stats else loss.new_zeros(())
     return Outcome(
         loss=loss,
-        lse=p.spread(result.lse),
+        lse=torch.stack([p.spread(part) for part in result.lse]),
         entropy=p.spread(result.entropy),
         accuracy=accuracy,
         gradients=result.gradients if early else None,
     )
 
 
-def backward(
-    problem: Problem, wanted: Wanted, row_lse: Tensor, of_loss: Tensor | None, of_lse: Tensor | None
-) -> Gradients:
+def backward(problem: Problem, wanted: Wanted, lse: Tensor, of_loss: Tensor | None, of_lse: Tensor | None) -> Gradients:
     """All wanted gradients from the logits made again, for gradients of the loss and of the log-sum-exp as returned."""
     p = problem
     upstream = _upstream(p, of_loss, of_lse)
@@ -52,7 +53,7 @@ def backward(
     rest = Wanted(wanted.hidden, wanted.weight and not sliced, wanted.bias, wanted.scale)
     gradients = row_pass(p, rest, upstream).gradients if rest.any() else Gradients()
     if sliced:
-        gradients.weight = slice_pass(p, row_lse, upstream)
+        gradients.weight = slice_pass(p, torch.stack([p.collect(part) for part in lse]), upstream)
     return gradients
 
 
@@ -81,7 +82,7 @@ def _upstream(p: Problem, of_loss: Tensor | None, of_lse: Tensor | None) -> Upst
         by_row = of_loss * _inverse(p.denominator()) if mean else of_loss
         if settings.z_loss:
             square = of_loss * (settings.z_loss / (max(p.rows, 1) if mean else 1))
-    return Upstream(by_row, square, None if of_lse is None else p.collect(of_lse))
+    return Upstream(by_row, square, None if of_lse is None else p.collect(of_lse[0]))
 
 
 def _inverse(denominator: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def _inverse(denominator: Tensor) -> Tensor:
 
 def _reduce(p: Problem, result: RowResult) -> Tensor:
     settings = p.settings
-    penalty = settings.z_loss * result.lse.square() if settings.z_loss else None
+    penalty = settings.z_loss * result.lse[0].square() if settings.z_loss else None
     if settings.reduction == "none":
         return p.spread(result.loss if penalty is None else result.loss + penalty)
     loss = result.loss.sum()

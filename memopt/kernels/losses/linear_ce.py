@@ -92,6 +92,8 @@ def linear_cross_entropy(
     scale = check_inputs(hidden, weight, target, bias, class_weight, logit_scale)
     if shift and target.dim() - target.is_floating_point() == 0:
         raise ValueError("shift needs a sequence dimension, got a single position")
+    if process_group is not None and target.is_floating_point():
+        raise ValueError("soft targets do not work with process_group; pass int64 targets")
     positions = target.shape[: hidden.dim() - 1]
     settings = Settings(
         ignore_index=ignore_index,
@@ -123,7 +125,7 @@ def linear_cross_entropy(
     shape = (*positions[:-1], positions[-1] - shift) if shift else positions
     if reduction == "none":
         loss = loss.view(shape)
-    return (loss, LossStats(lse.view(shape), entropy.view(shape), accuracy)) if return_stats else loss
+    return (loss, LossStats(lse[0].view(shape), entropy.view(shape), accuracy)) if return_stats else loss
 
 
 @dataclass
@@ -186,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with torch.no_grad(), autocast_off(hidden.device):
                 problem = prepare(hidden, weight, bias, scale, target, class_weight, call.settings)
                 wanted = call.wanted if made is None else Wanted(weight=True)
-                again = backward(problem, wanted, problem.collect(lse), of_loss, of_lse)
+                again = backward(problem, wanted, lse, of_loss, of_lse)
             if made is None:
                 made = again
             else:

@@ -12,13 +12,19 @@ from torch import Tensor
 
 from memopt.native_build import build, threads
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def native_source(name: str) -> str:
+    """One whole translation unit: the shared exponentials, then the kernels of a file in ``kernels/native``."""
+    folder = files("memopt.kernels")
+    parts = (folder.joinpath(f"native/{part}").read_text(encoding="utf-8") for part in ("exponentials.hpp", name))
+    return "\n".join(parts)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    source = files("memopt.kernels").joinpath("native/logits.cpp").read_text(encoding="utf-8")
-    library = build("logits", source, ["-ffp-contract=fast"])
+    library = build("logits", native_source("logits.cpp"))
     if library is not None:
         whole, number, real, address = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
         head: list[Any] = [number, address, whole, whole, whole, address, real, real, address, address, whole, address]
@@ -29,7 +35,7 @@ def _library() -> ctypes.CDLL | None:
 
 def available(logits: Tensor) -> bool:
     """Whether these logits have a dtype and a layout that the library takes, and the library exists."""
-    return logits.dtype in _DTYPES and logits.stride(-1) == 1 and _library() is not None
+    return logits.dtype in DTYPES and logits.stride(-1) == 1 and _library() is not None
 
 
 def logit_statistics(
@@ -93,6 +99,6 @@ def _head(
     bias, class_weight, soft = (None if t is None else t.float().contiguous() for t in (bias, class_weight, soft))
     target = None if target is None else target.contiguous()
     address = [None if t is None else t.data_ptr() for t in (bias, class_weight, soft, target)]
-    head: list[object] = [_DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), R, V]
+    head: list[object] = [DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), R, V]
     head += [address[0], float(scale), softcap, address[1], address[2], V, address[3]]
     return head, [bias, class_weight, soft, target]

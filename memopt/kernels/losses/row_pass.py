@@ -82,7 +82,11 @@ class Upstream:
 
 @dataclass
 class RowResult:
-    """Per counted row: log-sum-exp, cross-entropy, entropy (zero unless wanted), argmax; and the gradients."""
+    """Per counted row: log-sum-exp, cross-entropy, entropy (zero unless wanted), argmax; and the gradients.
+
+    ``lse`` is (2, M): the log-sum-exp and what its rounding left out, without which probabilities of large logits
+    would be wrong by as much as the log-sum-exp's last place.
+    """
 
     lse: Tensor
     loss: Tensor
@@ -100,7 +104,8 @@ def row_pass(problem: Problem, wanted: Wanted, upstream: Upstream | None) -> Row
     p, M, settings = problem, problem.rows, problem.settings
     V, H = p.weight.shape
     device, opmath = p.hidden.device, p.opmath
-    lse, loss, entropy = torch.empty(3, M, dtype=opmath, device=device)
+    lse = torch.empty(2, M, dtype=opmath, device=device)
+    loss, entropy = torch.empty(2, M, dtype=opmath, device=device)
     argmax = torch.empty(M, dtype=torch.int64, device=device)
     result = RowResult(lse, loss, entropy, argmax, Gradients())
     made = result.gradients
@@ -128,7 +133,7 @@ def row_pass(problem: Problem, wanted: Wanted, upstream: Upstream | None) -> Row
         _reduce_rows(p, statistics, of_lse, rows, result)
         if upstream is None:
             continue
-        coefficients = row_coefficients(p, upstream.rows(first, stop), result.lse[rows], of_lse, first, stop)
+        coefficients = row_coefficients(p, upstream.rows(first, stop), result.lse[:, rows], of_lse, first, stop)
         by_scale = softmax_gradient_(logits, coefficients, *constant, wanted.scale)
         if made.scale is not None:
             made.scale += by_scale.sum()
@@ -161,10 +166,10 @@ def lse_coefficient(p: Problem, first: int, stop: int, soft: Tensor | None) -> T
 def row_coefficients(
     p: Problem, upstream: Upstream, lse: Tensor, of_lse: Tensor | float, first: int, stop: int
 ) -> Tensor:
-    """(4, R) for ``softmax_gradient_``: lse, of_softmax, of_target, of_uniform."""
+    """(4, R) for ``softmax_gradient_``: lse, of_softmax, of_target, of_uniform; from (2, R) ``lse``."""
     smoothing = p.settings.label_smoothing
     out = torch.zeros(4, stop - first, dtype=p.opmath, device=lse.device)
-    out[0] = lse
+    out[0] = lse[0]
     if upstream.loss is not None:
         out[1] = upstream.loss * of_lse
         if p.soft is not None:
@@ -173,9 +178,10 @@ def row_coefficients(
             out[2] = upstream.loss * ((1 - smoothing) * (1.0 if p.share is None else p.share[first:stop]))
             out[3] = upstream.loss * p.uniform
     if upstream.square is not None:
-        out[1] += 2.0 * upstream.square * lse
+        out[1] += 2.0 * upstream.square * lse[0]
     if upstream.lse is not None:
         out[1] += upstream.lse
+    out[1] *= (-lse[1]).exp()
     return out
 
 
@@ -183,7 +189,10 @@ def _reduce_rows(p: Problem, statistics: Tensor, of_lse: Tensor | float, rows: s
     """From merged statistics: ce = of_lse * lse - (1 - smoothing) * share * z[target] - uniform * sum(weight * z)."""
     highest, total, expected, target_logit, weighted = statistics
     log_total = total.log()
-    result.lse[rows] = highest + log_total
+    lse = highest + log_total
+    part = lse - highest
+    result.lse[0, rows] = lse
+    result.lse[1, rows] = (highest - (lse - part)) + (log_total - part)
     # The maximum and the target logit are close where the model is right: subtract them before the small logarithm.
     if p.soft is not None:
         away = weighted

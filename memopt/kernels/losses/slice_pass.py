@@ -18,7 +18,7 @@ _LEAST_ENTRIES = 256  # a narrower slice makes a slow product; more rows than fi
 
 
 def slice_pass(problem: Problem, lse: Tensor, upstream: Upstream) -> Tensor:
-    """The gradient of the weight, (V, H) in its dtype; ``lse`` is (M,) over the whole vocabulary.
+    """The gradient of the weight, (V, H) in its dtype; ``lse`` is (2, M) over the whole vocabulary.
 
     Scratch: M rows by a slice of entries, at most ``settings.chunk_bytes``. Where even 256 entries by M rows are more
     than that, rows are taken in blocks whose products are summed in float32 for one slice at a time. Where some rows do
@@ -75,5 +75,5 @@ def _coefficients(p: Problem, lse: Tensor, upstream: Upstream) -> Tensor:
     for first in range(0, p.rows, step):
         stop = min(first + step, p.rows)
         of_lse = lse_coefficient(p, first, stop, p.soft_rows(first, stop))
-        out[:, first:stop] = row_coefficients(p, upstream.rows(first, stop), lse[first:stop], of_lse, first, stop)
+        out[:, first:stop] = row_coefficients(p, upstream.rows(first, stop), lse[:, first:stop], of_lse, first, stop)
     return out

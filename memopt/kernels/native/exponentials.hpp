@@ -33,20 +33,29 @@ struct BFloat16 {
     }
 };
 
+// Written out, because contraction by the compiler would make z differ from one loop to the next.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // exp(y) - 1 as 2^n * (exp(r) - 1) + (2^n - 1) with |r| <= ln(2) / 2: `power` is 2^n, `rest` is exp(r) - 1.
 // nearbyint and the split of ln(2) keep the error below two units in the last place. y is -88 to 88 or NaN; at -88 the
 // power is exactly zero.
 inline void split_exp(float y, float& power, float& rest) {
     float n = std::nearbyint(y * 1.44269504f);
-    float r = y - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
+    float r = multiply_add(n, -0.693359375f, y);
+    r = multiply_add(n, 2.12194440e-4f, r);
     float q = 1.0f / 5040.0f;
-    q = q * r + 1.0f / 720.0f;
-    q = q * r + 1.0f / 120.0f;
-    q = q * r + 1.0f / 24.0f;
-    q = q * r + 1.0f / 6.0f;
-    q = q * r + 0.5f;
-    rest = r + r * r * q;
+    q = multiply_add(q, r, 1.0f / 720.0f);
+    q = multiply_add(q, r, 1.0f / 120.0f);
+    q = multiply_add(q, r, 1.0f / 24.0f);
+    q = multiply_add(q, r, 1.0f / 6.0f);
+    q = multiply_add(q, r, 0.5f);
+    rest = multiply_add(r * r, q, r);
     int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
     std::memcpy(&power, &bits, 4);
 }
@@ -54,13 +63,13 @@ inline void split_exp(float y, float& power, float& rest) {
 inline float exponential(float y) {  // for y <= 0 up to rounding, or NaN; zero below the smallest normal number
     float power, rest;
     split_exp(y < -88.0f ? -88.0f : y, power, rest);
-    return power + power * rest;
+    return multiply_add(power, rest, power);
 }
 
 inline float hyperbolic_tangent(float u) {  // through exp(2u) - 1, so that small arguments keep their precision
     float power, rest, bounded = u < -10.0f ? -10.0f : (u > 10.0f ? 10.0f : u);
     split_exp(2.0f * bounded, power, rest);
-    float minus_one = power * rest + (power - 1.0f);
+    float minus_one = multiply_add(power, rest, power - 1.0f);
     return minus_one / (minus_one + 2.0f);
 }
 

@@ -30,8 +30,9 @@ void columns_of_block(const typename Io::Stored* x, int64_t x_stride, int64_t R,
 }
 
 template <class Io>
-double pair_gradient_of_row(typename Io::Stored* __restrict x, int64_t C, float row_lse, const float* __restrict column_lse,
-                            int64_t target, float coefficient, float scale) {
+double pair_gradient_of_row(typename Io::Stored* __restrict x, int64_t C, float row_highest, float row_weight,
+                            const float* __restrict highest, const float* __restrict weight, int64_t target,
+                            float coefficient, float scale) {
     alignas(64) float raw[BLOCK], d[BLOCK];
     double of_scale = 0.0;
     for (int64_t first = 0; first < C; first += BLOCK) {
@@ -39,7 +40,7 @@ double pair_gradient_of_row(typename Io::Stored* __restrict x, int64_t C, float 
         for (int64_t i = 0; i < count; ++i) raw[i] = Io::load(x[first + i]);
         for (int64_t i = 0; i < count; ++i) {
             const float z = scale * raw[i];
-            d[i] = coefficient * (exponential(z - row_lse) + exponential(z - column_lse[first + i]));
+            d[i] = row_weight * exponential(z - row_highest) + weight[first + i] * exponential(z - highest[first + i]);
         }
         if (target >= first && target < first + count) d[target - first] -= 2.0f * coefficient;
         float block_scale = 0.0f;
@@ -70,18 +71,20 @@ extern "C" int memopt_column_statistics(int dtype, const void* x, int64_t x_stri
     return 0;
 }
 
-// Replaces x by scale * coefficient * (exp(z - row_lse) + exp(z - column_lse) - 2 [column == target]); of_scale is (R).
-extern "C" int memopt_pair_gradient(int dtype, void* x, int64_t x_stride, int64_t R, int64_t C, const float* row_lse,
-                                    const float* column_lse, const int64_t* target, float coefficient, float scale,
+// Replaces x by scale * (row probability + column probability - 2 coefficient [column == target]), a probability being
+// weight * exp(z - highest); `rows` is (2, R) and `columns` (2, C): highest and weight. of_scale is (R).
+extern "C" int memopt_pair_gradient(int dtype, void* x, int64_t x_stride, int64_t R, int64_t C, const float* rows,
+                                    const float* columns, const int64_t* target, float coefficient, float scale,
                                     float* of_scale, int threads) {
     if (dtype != 0 && dtype != 1) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < R; ++r) {
         const double sum =
-            dtype == 0 ? pair_gradient_of_row<Float32>(static_cast<float*>(x) + r * x_stride, C, row_lse[r], column_lse,
-                                                       target[r], coefficient, scale)
-                       : pair_gradient_of_row<BFloat16>(static_cast<uint16_t*>(x) + r * x_stride, C, row_lse[r],
-                                                        column_lse, target[r], coefficient, scale);
+            dtype == 0 ? pair_gradient_of_row<Float32>(static_cast<float*>(x) + r * x_stride, C, rows[r], rows[R + r],
+                                                       columns, columns + C, target[r], coefficient, scale)
+                       : pair_gradient_of_row<BFloat16>(static_cast<uint16_t*>(x) + r * x_stride, C, rows[r],
+                                                        rows[R + r], columns, columns + C, target[r], coefficient,
+                                                        scale);
         of_scale[r] = static_cast<float>(sum);
     }
     return 0;

@@ -1,0 +1,128 @@
+"""The losses across ranks: a vocabulary in parts, and pairs that meet round a ring. Two gloo ranks on this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from memopt.kernels.losses import contrastive_loss, dense_linear_cross_entropy, linear_cross_entropy
+from tests.distributed.ranks import run_ranks
+
+V, H = 23, 8
+SPLIT = 9  # rank 0 holds 9 entries, rank 1 the other 14: parts need not be equal
+
+
+def vocabulary_inputs(dtype: torch.dtype, soft: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    target: Tensor = torch.randint(0, V, (3, 6), generator=generator)
+    target[0, 2:4] = -100
+    if soft:
+        target = torch.randn(3, 6, V, generator=generator).softmax(-1)
+    return {
+        "hidden": torch.randn(3, 6, H, generator=generator).to(dtype),
+        "weight": torch.randn(V, H, generator=generator).to(dtype),
+        "bias": torch.randn(V, generator=generator).to(dtype),
+        "logit_scale": torch.tensor(1.3, dtype=dtype),
+        "class_weight": torch.rand(V, generator=generator).to(dtype) + 0.1,
+        "target": target,
+    }
+
+
+def with_gradients(function: Any, t: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    leaves = {name: t[name].clone().requires_grad_() for name in ("hidden", "weight", "bias", "logit_scale")}
+    loss, stats = function(
+        leaves["hidden"],
+        leaves["weight"],
+        t["target"],
+        leaves["bias"],
+        logit_scale=leaves["logit_scale"],
+        class_weight=t["class_weight"],
+        return_stats=True,
+        **options,
+    )
+    (loss.sum() * 1.5).backward()
+    return {"loss": loss.detach(), **stats._asdict(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def vocabulary_part(rank: int, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    t = vocabulary_inputs(dtype, soft=False)
+    own = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
+    for name in ("weight", "bias", "class_weight"):
+        t[name] = t[name][own]
+    made = with_gradients(linear_cross_entropy, t, process_group=dist.group.WORLD, **options)
+    return {name: value.detach() for name, value in made.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_bytes": 500},
+        {"mode": "recompute", "chunk_bytes": 500, "softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01},
+        {"reduction": "none", "shift": 1, "label_smoothing": 0.2, "z_loss": 0.01},
+        {"reduction": "sum", "accumulate": "float32"},
+    ],
+    ids=str,
+)
+def test_vocabulary_in_parts_equals_the_whole(options: dict[str, Any], dtype: torch.dtype) -> None:
+    plain = {k: v for k, v in options.items() if k not in ("chunk_bytes", "mode", "accumulate")}
+    truth = with_gradients(dense_linear_cross_entropy, vocabulary_inputs(dtype, soft=False), **plain)
+    parts = run_ranks(vocabulary_part, 2, options, dtype)
+    for name, value in truth.items():
+        ours = [part[name] for part in parts]
+        if name in ("weight", "bias"):
+            ours = [torch.cat(ours)] * 2
+        for one in ours:
+            torch.testing.assert_close(one, value.detach(), rtol=2e-5, atol=1e-5, msg=name)
+
+
+def refused(rank: int) -> str:
+    t = vocabulary_inputs(torch.float32, soft=True)
+    own = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
+    with pytest.raises(ValueError, match="soft targets") as caught:
+        linear_cross_entropy(t["hidden"], t["weight"][own], t["target"][..., own], process_group=dist.group.WORLD)
+    t = vocabulary_inputs(torch.float32, soft=False)
+    with pytest.raises(ValueError, match="outside the vocabulary of 23 entries"):
+        linear_cross_entropy(t["hidden"], t["weight"][own], t["target"].abs() + 5, process_group=dist.group.WORLD)
+    return str(caught.value)
+
+
+def test_what_parts_of_a_vocabulary_cannot_do() -> None:
+    assert all("process_group" in message for message in run_ranks(refused, 2))
+
+
+def pair_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    q = F.normalize(torch.randn(10, 6, dtype=torch.float64, generator=generator), dim=1)
+    k = F.normalize(q + torch.randn(10, 6, dtype=torch.float64, generator=generator) / 3, dim=1)
+    return q.to(dtype), k.to(dtype), torch.tensor(9.5, dtype=dtype)
+
+
+def contrastive_part(rank: int, dtype: torch.dtype) -> list[Tensor]:
+    q, k, scale = pair_inputs(dtype)
+    own = slice(5 * rank, 5 * rank + 5)
+    leaves = [t.clone().requires_grad_() for t in (q[own], k[own], scale)]
+    loss = contrastive_loss(
+        leaves[0], leaves[1], logit_scale=leaves[2], chunk_bytes=2 * 5 * 8, process_group=dist.group.WORLD
+    )
+    (2 * loss).backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_pairs_meet_round_the_ring(dtype: torch.dtype) -> None:
+    q, k, scale = (t.requires_grad_() for t in pair_inputs(dtype))
+    z = scale * (q @ k.t())
+    loss = (F.cross_entropy(z, torch.arange(10)) + F.cross_entropy(z.t(), torch.arange(10))) / 2
+    (2 * loss).backward()
+    parts = run_ranks(contrastive_part, 2, dtype)
+    for part in parts:
+        torch.testing.assert_close(part[0], loss.detach())
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), q.grad)
+    torch.testing.assert_close(torch.cat([part[2] for part in parts]), k.grad)
+    torch.testing.assert_close(parts[0][3] + parts[1][3], scale.grad)

@@ -1,0 +1,127 @@
+"""Any loss in chunks, against the same function on all logits at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memopt.kernels.losses import chunked_loss, linear_cross_entropy
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    return {
+        "hidden": torch.randn(7, 5, 8, dtype=dtype).requires_grad_(),
+        "weight": torch.randn(11, 8, dtype=dtype).requires_grad_(),
+        "bias": torch.randn(11, dtype=dtype).requires_grad_(),
+        "rows": torch.randn(7, 5, dtype=dtype).requires_grad_(),
+        "shared": torch.tensor(1.7, dtype=dtype).requires_grad_(),
+    }
+
+
+def preference(logits: Tensor, target: Tensor, weights: Tensor, temperature: Tensor) -> Tensor:
+    """A loss that is not a sum over positions: a function of each sequence's log-probability."""
+    by_sequence = (logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1) * weights).sum(1)
+    return -F.logsigmoid(temperature * by_sequence).sum()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2 * 5 * 11 * 8, 3 * 5 * 11 * 8, None])
+def test_matches_the_loss_on_all_logits(chunk_bytes: int | None) -> None:
+    t = tensors()
+    target = torch.randint(0, 11, (7, 5))
+    plain = preference(t["hidden"] @ t["weight"].t() + t["bias"], target, t["rows"], t["shared"]) * 3
+    expected = torch.autograd.grad(plain, list(t.values()))
+    loss = 3 * chunked_loss(
+        preference, t["hidden"], t["weight"], target, t["rows"], bias=t["bias"], shared=[t["shared"]],
+        chunk_bytes=chunk_bytes,
+    )  # fmt: skip
+    loss.backward()
+    torch.testing.assert_close(loss, plain)
+    for (name, tensor), gradient in zip(t.items(), expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, msg=name)
+
+
+def test_cross_entropy_as_a_special_case() -> None:
+    results = []
+    for function in ("chunked", "linear"):
+        torch.manual_seed(3)
+        h, w = torch.randn(9, 8).bfloat16().requires_grad_(), torch.randn(11, 8).bfloat16().requires_grad_()
+        target = torch.randint(0, 11, (9,))
+        if function == "chunked":
+            loss = chunked_loss(lambda z, y: F.cross_entropy(z, y, reduction="sum"), h, w, target)
+        else:
+            loss = linear_cross_entropy(h, w, target, reduction="sum")
+        loss.backward()
+        assert loss.dtype == torch.float32
+        results.append([loss.detach(), h.grad.float(), w.grad.float()])
+    torch.testing.assert_close(*results, rtol=8e-3, atol=8e-3)
+
+
+def test_only_what_is_needed() -> None:
+    t = tensors()
+    with torch.no_grad():
+        assert not chunked_loss(lambda z: z.square().sum(), t["hidden"], t["weight"]).requires_grad
+    chunked_loss(lambda z: z.square().sum(), t["hidden"].detach(), t["weight"]).backward()
+    assert t["weight"].grad is not None
+    loss = chunked_loss(lambda z, s: s.square(), t["hidden"].detach(), t["weight"].detach(), shared=[t["shared"]])
+    loss.backward()
+    torch.testing.assert_close(t["shared"].grad, 2 * t["shared"].detach())
+
+
+def test_no_rows() -> None:
+    h, w = torch.randn(0, 8).requires_grad_(), torch.randn(11, 8).requires_grad_()
+    loss = chunked_loss(lambda z: z.sum(), h, w)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert not w.grad.any()
+
+
+def test_second_backward_is_refused() -> None:
+    t = tensors()
+    loss = chunked_loss(lambda z: z.sum(), t["hidden"], t["weight"])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(chunked_loss(lambda z: z.sum(), t["hidden"], t["weight"]), t["hidden"], create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it when it resumes after the call
+def test_compile_leaves_it_to_eager_mode() -> None:
+    t = tensors(torch.float32)
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return chunked_loss(lambda z: z.square().sum(), h, w) * 2
+
+    torch.testing.assert_close(
+        torch.compile(loss, backend="aot_eager")(t["hidden"], t["weight"]), loss(t["hidden"], t["weight"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"fn": lambda z: z}, ValueError, "fn must return a scalar tensor"),
+        ({"fn": lambda z: 3.0}, ValueError, "fn must return a scalar tensor, the sum over its chunk; got float"),
+        ({"hidden": torch.randn(8)}, ValueError, r"hidden must have shape \(N, ..., H\)"),
+        ({"weight": torch.randn(4, 9)}, ValueError, "hidden must end in weight's 9 features"),
+        ({"bias": torch.randn(4)}, ValueError, r"bias must have shape \(11,\)"),
+        ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be positive"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "fn": lambda z: z.sum(), "hidden": torch.randn(3, 8), "weight": torch.randn(11, 8)
+    } | change  # fmt: skip
+    with pytest.raises(kind, match=message):
+        chunked_loss(**arguments)
+
+
+def test_bad_rows_are_named() -> None:
+    with pytest.raises(ValueError, match=r"rows\[0\] must have first dimension 3"):
+        chunked_loss(lambda z, r: z.sum(), torch.randn(3, 8), torch.randn(11, 8), torch.randn(4))
+    with pytest.raises(TypeError, match=r"rows\[1\] must be a tensor, got int"):
+        chunked_loss(lambda z, r, s: z.sum(), torch.randn(3, 8), torch.randn(11, 8), torch.randn(3), 2)  # type: ignore[arg-type]
