@@ -143,15 +143,17 @@ class Builder:
         touches = self.touches.get(saved.storage, [])
         forward = [op for op in touches if op < times.backward_start]
         backward = [op for op in touches if op >= times.backward_start]
+        end = max(forward, default=storage.birth) + 1
         return Site(
             bytes=saved.bytes,
             itemsize=_ITEM_BYTES.get(self.trace.dtype, 1),
             birth=storage.birth,
-            forward_end=max(forward, default=storage.birth) + 1,
+            forward_end=end,
             first_need=min(backward, default=storage.death),
             death=storage.death,
             leave=times.leave,
             arrive=times.arrive,
+            lead_seconds=sum(self.seconds[end : times.forward_stop]),
             replay_seconds=cost,
             replay_needs=needs,
             rates=self.rates,

@@ -194,11 +194,17 @@ def _uncovered(columns: _Columns, fixed: Ints, held: Ints, most: Ints, floor: in
     order = [int(n) for n in np.argsort(-most, kind="stable") if most[n] >= floor]
     if not columns.variables:
         return order[:1]
+    differs = np.logical_or.reduceat((held != held[:1]).any(axis=0), columns.starts)
+    if not differs.any():
+        return [max(order, key=lambda n: fixed[n])] if order else []
+    lengths, optional = columns.lengths[differs], columns.optional[differs]
+    starts = np.cumsum(np.concatenate([np.zeros(1, np.int64), lengths]))[:-1]
+    held = held[:, np.repeat(differs, columns.lengths)]
     chosen: list[int] = []
     for n in order:
         if chosen:
-            over = np.maximum.reduceat(held[n] - held[chosen], columns.starts, axis=1)
-            over[:, columns.optional] = np.maximum(over[:, columns.optional], 0)
+            over = np.maximum.reduceat(held[n] - held[chosen], starts, axis=1)
+            over[:, optional] = np.maximum(over[:, optional], 0)
             if (fixed[n] - fixed[chosen] + over.sum(axis=1) <= 0).any():
                 continue
         chosen.append(n)

@@ -42,8 +42,9 @@ class Rates:
 class Choice:
     """One thing that may happen to an item: ``variable`` is 1 when it does.
 
-    ``held_bytes`` stay resident between the block's forward and backward; ``swap_bytes`` go to the tier and come back;
-    ``seconds`` are what it costs beside its shared ``needs``; ``feeds`` says that a replay may read the item.
+    ``held_bytes`` stay resident between the block's forward and backward; ``swap_bytes`` go to the tier, from
+    ``swap_lead_seconds`` before the end of the block's forward on, and come back; ``seconds`` are what it costs beside
+    its shared ``needs``; ``feeds`` says that a replay may read the item.
     """
 
     variable: int
@@ -52,6 +53,7 @@ class Choice:
     spans: tuple[Span, ...]
     held_bytes: int
     swap_bytes: int
+    swap_lead_seconds: float
     seconds: float
     needs: tuple[int, ...]
     feeds: bool

@@ -120,7 +120,7 @@ def test_host_room_limits_swapping() -> None:
 
 
 def test_a_slow_link_is_not_overloaded() -> None:
-    trace = transformer(6, unit=10**6, flops=10**8)
+    trace = transformer(4, unit=10**6, flops=10**8)
     budget = int(trace.peak_bytes * 0.7)
     fast = plan(trace, budget, GPU, actions=["swap"])
     slow = plan(

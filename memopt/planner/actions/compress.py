@@ -29,5 +29,5 @@ def choices(site: Site) -> list[Choice]:
         seconds = 2 * site.rates.seconds(0, site.bytes + small)
         spans = resident(site.bytes, (site.birth, site.forward_end), (site.first_need, site.death))
         spans += ((site.birth, site.death, small),)
-        found.append(Choice(-1, Action.COMPRESS, format, spans, small, 0, seconds, (), False))
+        found.append(Choice(-1, Action.COMPRESS, format, spans, small, 0, 0.0, seconds, (), False))
     return found

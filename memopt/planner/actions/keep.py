@@ -10,4 +10,4 @@ from memopt.planner.values import Action
 def choices(site: Site) -> list[Choice]:
     """Always possible, costs nothing and frees nothing."""
     spans = resident(site.bytes, (site.birth, site.death))
-    return [Choice(-1, Action.KEEP, None, spans, site.bytes, 0, 0.0, (), True)]
+    return [Choice(-1, Action.KEEP, None, spans, site.bytes, 0, 0.0, 0.0, (), True)]

@@ -15,4 +15,4 @@ def choices(site: Site) -> list[Choice]:
     if site.replay_seconds is None:
         return []
     spans = resident(site.bytes, (site.birth, site.forward_end), (site.first_need, site.death))
-    return [Choice(-1, Action.RECOMPUTE, None, spans, 0, 0, site.replay_seconds, site.replay_needs, True)]
+    return [Choice(-1, Action.RECOMPUTE, None, spans, 0, 0, 0.0, site.replay_seconds, site.replay_needs, True)]

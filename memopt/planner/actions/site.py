@@ -12,8 +12,9 @@ class Site:
     """One saved storage as the actions see it; times are operation indices.
 
     It is written from ``birth`` on, forward lets go of it at ``forward_end``, backward needs it from ``first_need`` to
-    ``death``. With overlapped copies it has left by ``leave`` and starts to come back at ``arrive``.
-    ``replay_seconds`` is what its replay costs beside the shared ``replay_needs``; ``None`` where none is possible.
+    ``death``. With overlapped copies it has left by ``leave`` and starts to come back at ``arrive``. Forward lets go
+    ``lead_seconds`` before the block's forward ends. ``replay_seconds`` is what its replay costs beside the shared
+    ``replay_needs``; ``None`` where none is possible.
     """
 
     bytes: int
@@ -24,6 +25,7 @@ class Site:
     death: int
     leave: int
     arrive: int
+    lead_seconds: float
     replay_seconds: float | None
     replay_needs: tuple[int, ...]
     rates: Rates

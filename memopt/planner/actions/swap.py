@@ -23,4 +23,4 @@ def choices(site: Site) -> list[Choice]:
         leaves, returns = site.forward_end, site.first_need
         seconds = site.bytes / rates.swap_out_bytes_per_second + site.bytes / rates.swap_in_bytes_per_second
     spans = resident(site.bytes, (site.birth, leaves), (returns, site.death))
-    return [Choice(-1, Action.SWAP, None, spans, 0, site.bytes, seconds, (), True)]
+    return [Choice(-1, Action.SWAP, None, spans, 0, site.bytes, site.lead_seconds, seconds, (), True)]

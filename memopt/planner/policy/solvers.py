@@ -12,13 +12,14 @@ class SolverError(RuntimeError):
     """The solver is missing, crashed, or answered nonsense; the message says which and what to do."""
 
 
-def open_solver(name: str, time_limit: float, gap: float | None) -> Any:
+def open_solver(name: str, time_limit: float, gap: float | None, start: bool = False) -> Any:
     """A PuLP solver object that can be run here.
 
     Args:
         name: "cbc" (bundled with PuLP), "highs", "gurobi", "scip", or PuLP's name of another.
         time_limit: seconds.
         gap: absolute gap at which an integer answer counts as best; None for a continuous program.
+        start: whether the variables' values are an answer to begin with, where the solver can use one.
 
     Raises:
         SolverError: unknown, or not installed.
@@ -28,6 +29,8 @@ def open_solver(name: str, time_limit: float, gap: float | None) -> Any:
     limits: dict[str, Any] = {"timeLimit": max(1.0, time_limit)}
     if gap is not None:
         limits["gapAbs"] = gap
+    if start and name == "cbc":
+        limits["warmStart"] = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 about 4: the bundled solver is what we want

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +21,11 @@ from memopt.planner.policy.solvers import SolverError, open_solver
 from memopt.planner.problem import Problem
 from memopt.planner.values import Status
 
-GAP = 1e-4  # of the step's seconds: far less than any model of a device can tell apart
+GAP = 2e-4  # of the step's seconds: far less than any model of a device can tell apart
 PEAK_GAP = 0.25  # of a thousandth of the peak, where the smallest peak is sought
 TRAFFIC_LIMIT = 2.0  # seconds spent on swapping less at no loss of time
-PROOF_LIMIT = 2.0  # seconds spent on proving an answer that is there already
+PROOF_LIMIT = 1.5  # seconds for each attempt to improve or prove an answer that is there already
+FREE_LIMITS = (150, 400)  # variables set free in those attempts
 WHOLE_LIMIT = 5.0  # seconds spent on the whole program where fixing the relaxation's decisions led nowhere
 NEAR = 1e-6  # a relaxed variable so close to an integer counts as one
 
@@ -98,7 +100,7 @@ class _Run:
 
     def solve(self) -> Solution:
         """Relax, fix what is decided, solve the rest; then, at no loss of time, swap as little as possible."""
-        status, method = self._minimise()
+        status, method = self._minimise(prove=not self.seek_peak)
         if status is Status.INFEASIBLE:
             return Solution(status, frozenset(), math.inf, math.inf, method, time.monotonic() - self.began)
         answer = self._solution(status, method)
@@ -128,28 +130,44 @@ class _Run:
         self.bound = self._objective()
         relaxed = {variable.name: (variable.varValue, variable.dj or 0.0) for variable in choices}
         free = self._fix(choices, lambda value, _: True, relaxed)
-        status = self._call(integer=True)
+        status = self._call(integer=True, limit=WHOLE_LIMIT)
         if status is Status.INFEASIBLE:
             free = self._fix(choices, lambda *_: False, relaxed)
             status = self._call(integer=True, limit=WHOLE_LIMIT)
             if status is Status.OPTIMAL:
                 self.bound = max(self.bound, self._objective() - self.gap)
-        elif prove and (best := self._objective()) - self.bound > self.gap and self._left() > 1:
-            # In an answer better than ``best``, whatever costs more than the difference when moved stays where it is.
-            values = {variable.name: variable.varValue for variable in self.program.model.variables()}
-            room = best - self.bound
-            free = self._fix(choices, lambda _, price: abs(price) > room, relaxed)
-            try:
-                status = self._call(integer=True, limit=PROOF_LIMIT)
-            except SolverError:
-                status = Status.INFEASIBLE
-            if status is Status.OPTIMAL:
-                self.bound = max(self.bound, self._objective() - self.gap)
-            if status is Status.INFEASIBLE or self._objective() > best:
-                self._restore(values)
-                status = Status.FEASIBLE
+        elif prove:
+            free, status = self._improve(choices, relaxed, free)
         method = f"linear relaxation, then a mixed-integer program over the {free} undecided of {len(choices)} choices"
         return status, method
+
+    def _improve(self, choices: list[Any], relaxed: dict[str, tuple[float, float]], free: int) -> tuple[int, Status]:
+        """Sets more variables free, those that cost least to move first, until the gap is closed or time is up.
+
+        In an answer better than the best known, whatever costs more than the difference when moved stays where it is:
+        once all others are free, the solver's word is a proof.
+        """
+        prices = sorted(abs(price) for _, price in relaxed.values())
+        for limit in FREE_LIMITS:
+            best = self._objective()
+            room = best - self.bound
+            if room <= self.gap or self._left() < 1:
+                break
+            proof = bisect_right(prices, room) <= limit
+            threshold = room if proof else prices[min(limit, len(prices) - 1)]
+            values = {variable.name: variable.varValue for variable in self.program.model.variables()}
+            opened = self._fix(choices, lambda _, price, most=threshold: abs(price) > most, relaxed)  # type: ignore[misc]
+            try:
+                status = self._call(integer=True, limit=PROOF_LIMIT, start=True)
+            except SolverError:
+                status = Status.INFEASIBLE
+            if status is Status.INFEASIBLE or self._objective() > best:
+                self._restore(values)
+            else:
+                free = opened
+            if status is Status.OPTIMAL and proof:
+                self.bound = max(self.bound, self._objective() - self.gap)
+        return free, Status.OPTIMAL
 
     def _restore(self, values: dict[str, float | None]) -> None:
         for variable in self.program.model.variables():
@@ -174,11 +192,11 @@ class _Run:
             free += not fixed
         return free
 
-    def _call(self, integer: bool, limit: float = math.inf) -> Status:
+    def _call(self, integer: bool, limit: float = math.inf, start: bool = False) -> Status:
         """Runs the solver on the program as it stands."""
         import pulp
 
-        solver = open_solver(self.solver, min(self._left(), limit), self.gap / 2 if integer else None)
+        solver = open_solver(self.solver, min(self._left(), limit), self.gap / 2 if integer else None, start)
         try:
             status = self.program.model.solve(solver)
         except (pulp.PulpSolverError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 from memopt.planner.policy.program import Program
@@ -11,12 +12,13 @@ def add(program: Program) -> None:
     """Only where copies overlap compute. Times are seconds from the start of the step; tau_m is milestone m's.
 
     tau_m  = tau_(m-1) + compute_m + replays and codecs since then + stall_m
-    out_k >= out_(k-1) + S_k / B_out     out_k >= tau_(k's forward end) + S_k / B_out     out_k <= tau_(k has left)
-    in_k  >= in_(k')   + S_k / B_in      in_k  >= tau_(k starts to return) + S_k / B_in   in_k  >= out_k + S_k / B_in
+    out_k >= out_(k-1) + S_k / B_out     out_k >= tau_(k's forward end) - d_j + S_kj / B_out
+    out_k <= tau_(k has left)            in_k  >= in_(k') + S_k / B_in
+    in_k  >= out_k + S_k / B_in          in_k  >= tau_(k starts to return) + S_k / B_in
     in_k  <= tau_(k's backward start)
 
-    with S_k the bytes that block k swaps and k' the block whose swaps return before k's. The copy out is taken to start
-    at the end of k's forward, so that the stall is never underestimated.
+    with S_k the bytes that block k swaps, k' the block whose swaps return before k's, and for each of k's storages j
+    S_kj the bytes of those that forward lets go no earlier than j, d_j seconds before the end of k's forward.
     """
     problem = program.problem
     if not problem.rates.overlap:
@@ -33,7 +35,9 @@ def add(program: Program) -> None:
         moments = problem.blocks[k].moments
         out[k] = program.continuous(f"out_{k}")
         _after(program, out[k], previous, _copy(program, k, out_rate))
-        _after(program, out[k], tau[moments.forward_stop], _copy(program, k, out_rate))
+        for lead in sorted({c.swap_lead_seconds for i in problem.blocks[k].items for c in i.choices if c.swap_bytes}):
+            late = _copy(program, k, out_rate, lead)
+            _after(program, out[k], tau[moments.forward_stop], late, lead / program.unit_seconds)
         program.add(out[k] <= tau[moments.leave])
         previous = out[k]
     previous = None
@@ -46,15 +50,15 @@ def add(program: Program) -> None:
         previous = back
 
 
-def _copy(program: Program, k: int, rate: float) -> list[tuple[Any, float]]:
-    """Minus the time that copying what block k swaps takes."""
-    items = program.problem.blocks[k].items
-    return [(program.choices[c.variable], -c.swap_bytes / rate) for i in items for c in i.choices if c.swap_bytes]
+def _copy(program: Program, k: int, rate: float, lead: float = inf) -> list[tuple[Any, float]]:
+    """Minus the time for copying what block k swaps; with ``lead`` only what forward lets go of that late."""
+    choices = [c for i in program.problem.blocks[k].items for c in i.choices if c.swap_bytes]
+    return [(program.choices[c.variable], -c.swap_bytes / rate) for c in choices if c.swap_lead_seconds <= lead]
 
 
-def _after(program: Program, end: Any, start: Any, copy: list[tuple[Any, float]]) -> None:
+def _after(program: Program, end: Any, start: Any, copy: list[tuple[Any, float]], lead: float = 0.0) -> None:
     if start is not None:
-        program.add(program.total([(end, 1.0), (start, -1.0), *copy]) >= 0)
+        program.add(program.total([(end, 1.0), (start, -1.0), *copy]) >= -lead)
 
 
 def _clock(program: Program) -> dict[int, Any]:
