@@ -124,9 +124,8 @@ class Tape:
                 self._uses[read] += 1
                 need.add(read)
         for node in self.nodes:
-            if node.done:
-                for key in node.makes:
-                    self._drop_unused(key)
+            for key in node.makes:
+                self._drop_unused(key)
 
     def get(self, key: Key) -> Tensor:
         """A tensor over the value's buffer, computed now if need be."""
@@ -147,8 +146,10 @@ class Tape:
 
     def _drop_unused(self, key: Key) -> None:
         if self._counted and self._uses[key] <= 0:
-            key[0].values.pop(key[1], None)
-            key[0].owned.discard(key[1])
+            chain, version = key
+            chain.values.pop(version, None)
+            chain.loaders.pop(version, None)
+            chain.owned.discard(version)
 
     def _missing(self, key: Key) -> list[int]:
         """The operations that must run for a value, in order."""
