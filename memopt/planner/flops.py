@@ -48,19 +48,31 @@ def short_name(func: Any) -> str:
 
 
 def count_flops(func: Any, args: Any, kwargs: Any, output: Any) -> int:
-    """Floating-point operations of one call; 0 where torch has no formula."""
+    """Floating-point operations of one call; 0 where torch has no formula. Causal attention computes half."""
     name = short_name(func)
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        query, key, value = args[:3]
-        return int(flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
-    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        gradient, query, key, value = args[:4]
-        return int(flop_counter.sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
-    if name == "_grouped_mm":  # each row of the operand with rows of tokens meets one group's matrix
-        a, b = args[:2]
-        return int(2 * a.numel() * b.shape[-1] if a.dim() == 2 else 2 * b.numel() * a.shape[-2])
-    formula = flop_counter.flop_registry.get(func._overloadpacket)
-    return int(formula(*args, **kwargs, out_val=output)) if formula is not None else 0
+        shapes = [tensor.shape for tensor in args[:3]]
+        count = flop_counter.sdpa_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        shapes = [tensor.shape for tensor in args[:4]]
+        count = flop_counter.sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    elif name == "_grouped_mm":  # each row of the operand with rows of tokens meets one group's matrix
+        first, second = args[:2]
+        count = 2 * (first.numel() * second.shape[-1] if first.dim() == 2 else second.numel() * first.shape[-2])
+    else:
+        formula = flop_counter.flop_registry.get(func._overloadpacket)
+        count = 0 if formula is None else formula(*args, **kwargs, out_val=output)
+    if count and "attention" in name and _argument(func, args, kwargs, "is_causal"):
+        count //= 2
+    return int(count)
+
+
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """The value of an operation's argument by name, its default where it was left out, None where there is none."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
+    return None
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -97,9 +109,9 @@ def is_random(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether the operation draws random numbers in this call (a dropout of 0 does not)."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name in ("dropout_p", "p"):
-            value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+    for name in ("dropout_p", "p"):
+        value = _argument(func, args, kwargs, name)
+        if value is not None:
             return not (isinstance(value, (int, float)) and value == 0)
     return True
 

@@ -17,6 +17,7 @@ from memopt.planner.eager import eager_paths
 from memopt.planner.faking import Faker, faked
 from memopt.planner.guessing import Guesses
 from memopt.planner.losses import LossFn, TraceError, find_loss
+from memopt.planner.named_optimizers import NamedOptimizer
 from memopt.planner.optimizers import forget_unused, settled_twin
 from memopt.planner.recorder import Recorder
 from memopt.planner.values import Category, Trace
@@ -26,7 +27,7 @@ def trace(
     model: nn.Module,
     inputs: Any,
     loss_fn: LossFn | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | str | None = None,
     *,
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
@@ -43,7 +44,8 @@ def trace(
         loss_fn: from the model's output to the loss, or to several losses (tuple, list, dict) that are added. Default:
             the output itself where it is a scalar, its ``loss`` where it has one, else the mean of its first
             floating-point tensor.
-        optimizer: whose step is traced, with gradients freed after it as ``zero_grad`` does; None: no step.
+        optimizer: whose step is traced, with gradients freed after it as ``zero_grad`` does: an object, or a name such
+            as "adamw8bit" for the bytes that it would keep. None: no step.
         autocast: run forward and loss under ``torch.autocast`` of this type.
         accumulate: forward and backward passes before the optimizer's step.
         device: type of the device that the step is to run on, "cpu" or "cuda"; default: where the parameters are (those
@@ -55,6 +57,7 @@ def trace(
 
     Raises:
         TraceError: the model, the loss or the optimizer failed on fake tensors, or no loss could be found.
+        ValueError: an unknown optimizer or device.
         TypeError: ``model`` or ``inputs`` is of another type.
     """
     _check(model, inputs, accumulate, device)
@@ -62,6 +65,8 @@ def trace(
     target = device or _device_of(model)
     recorder = Recorder(model, target, faker.stand_in)
     rules = CudaRules() if target == "cuda" and _device_of(model) == "cpu" else nullcontext()
+    if isinstance(optimizer, str):
+        optimizer = NamedOptimizer([p for p in model.parameters() if p.requires_grad], optimizer)
     step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
     try:
         with torch.enable_grad(), eager_paths(), faked(model, faker):
