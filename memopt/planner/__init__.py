@@ -7,6 +7,7 @@ from memopt.planner.plan_file import Plan, Timeline
 from memopt.planner.planning import plan
 from memopt.planner.policy import SolverError
 from memopt.planner.presets import FoundModel, ModelError, find_model, preset_names
+from memopt.planner.probing import probe
 from memopt.planner.signature import block_signature, describe
 from memopt.planner.tracing import trace
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
@@ -59,6 +60,7 @@ __all__ = [
     "place",
     "plan",
     "preset_names",
+    "probe",
     "trace",
     "validate",
 ]
