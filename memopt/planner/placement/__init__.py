@@ -3,6 +3,7 @@
 from memopt.planner.placement.checking import find_fault
 from memopt.planner.placement.csv_file import CsvError, read_csv, write_csv
 from memopt.planner.placement.methods import all_methods
+from memopt.planner.placement.methods.bilevel import two_levels
 from memopt.planner.placement.placing import PlacementError, place
 from memopt.planner.placement.problem import Buffer, Outcome, Placement, max_live
 
@@ -17,5 +18,6 @@ __all__ = [
     "max_live",
     "place",
     "read_csv",
+    "two_levels",
     "write_csv",
 ]

@@ -88,7 +88,8 @@ class Method:
     """One way to place buffers.
 
     ``rank`` orders the methods; ``share`` is the fraction of the time left that it may take; ``missing()`` names the
-    package that it lacks on this machine; ``default`` methods run without being asked for.
+    package that it lacks on this machine. ``default`` methods run without being asked for; one that stands in for
+    another only where that one is missing.
     """
 
     name: str
@@ -97,3 +98,4 @@ class Method:
     share: float = 1.0
     missing: Callable[[], str | None] = lambda: None
     default: bool = True
+    stands_in_for: str | None = None

@@ -28,7 +28,8 @@ def choose_methods(names: Sequence[str] | None) -> list[Method]:
     """
     known = all_methods()
     if names is None:
-        return [method for method in known.values() if method.default and method.missing() is None]
+        present = {name for name, method in known.items() if method.missing() is None}
+        return [m for m in known.values() if m.default and m.name in present and m.stands_in_for not in present]
     if isinstance(names, str) or not names:
         raise ValueError(f"methods is {names!r}, expected a list out of {', '.join(known)}")
     for name in names:
