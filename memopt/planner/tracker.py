@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.planner.phases import PhaseWatcher
 from memopt.planner.records import History, Record, claim, rounded_bytes, scratch_bytes, tensors_in
+from memopt.planner.restoring import is_restoring
 from memopt.planner.values import Category, Phase
 
 _LOSS_OPERATIONS = frozenset(
@@ -152,7 +153,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.history.names.append(name)
         self.history.phases.append(phase)
         self.history.seconds.append(time.perf_counter() - self._started)
-        category = self._category_inside(name)
+        category = self._category_inside(name) or (Category.ACTIVATIONS if is_restoring() else None)
         for tensor in tensors_in(output, 4):
             record = self.observe(tensor, index, name)
             if record is not None and category is not None and record.birth == index:
