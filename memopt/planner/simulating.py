@@ -283,7 +283,8 @@ class _Player:
         self._resize(("storage", storage), storage, size - kept)
 
     def _replay(self, storage: int, saved: _Saved, op: Op) -> None:
-        """Runs the operations that the storage takes."""
+        """Runs the operations that the storage takes, on the rows that are recomputed."""
+        share = saved.share(Action.RECOMPUTE)
 
         def load(source: int) -> None:
             other = self.saved.get(source)
@@ -292,9 +293,10 @@ class _Player:
 
         def run(again: Op, made: list[int]) -> None:
             for new in made:
-                self._hold(("again", new), new)
+                rows = self.saved[new].share(Action.RECOMPUTE) if new in self.saved else share
+                self._hold(("again", new), new, int(self.storages[new].bytes * (rows or share)))
             self._measure(op.index, f"replay of {again.name}")
-            spent = self.rates.seconds(again.flops, again.bytes_read + again.bytes_written)
+            spent = self.rates.seconds(again.flops, again.bytes_read + again.bytes_written) * share
             self.clock += spent
             self.found.recompute_seconds += spent
 
