@@ -46,9 +46,15 @@ class Slot:
         """How a state is stored: as the slot says, or in fp32 in a shape of its own."""
         if not isinstance(spec, SmallState):
             return self.format, self.extent
-        whole, local = self.extent.shape, self.extent.local
-        cut = len(spec.shape) > 0 and len(whole) > 0 and spec.shape[0] == whole[0]
-        return FP32, Extent(spec.shape, (local[0], *spec.shape[1:]) if cut else spec.shape)
+        local = self.extent.local
+        return FP32, Extent(spec.shape, (local[0], *spec.shape[1:]) if self.cut(spec) else spec.shape)
+
+    def cut(self, spec: State) -> bool:
+        """Whether a state is sharded with the parameter; others are whole on every rank."""
+        whole = self.extent.shape
+        if not isinstance(spec, SmallState):
+            return True
+        return len(spec.shape) > 0 and len(whole) > 0 and spec.shape[0] == whole[0]
 
     @property
     def held(self) -> Mapping[str, Any]:
@@ -87,7 +93,7 @@ class Slot:
 
     def whole(self, spec: State, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tensors of one state as they are stored: of a sharded parameter, DTensors of the whole state."""
-        if not sharding.is_sharded(self.param):
+        if not sharding.is_sharded(self.param) or not self.cut(spec):
             return parts
         kept_by, extent = self.kept(spec)
         shape = extent.shape
@@ -175,4 +181,7 @@ class Batch:
         for local, param in zip(locals_, params, strict=True):
             if param.data_ptr() != local.data_ptr():  # a flat copy, of a parameter that is not contiguous
                 local.copy_(param.view(local.shape))
+        if sums and any(sharding.is_sharded(slot.param) for slot in self.slots):
+            shared = sharding.sum_each(torch.stack(list(sums.values())), [slot.param for slot in self.slots])
+            sums = dict(zip(sums, shared, strict=True))
         return sums

@@ -8,6 +8,7 @@ follows the element's index in the whole parameter, so that a sharded run gives 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -113,13 +114,27 @@ def gather(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor).full_tensor()).detach().clone()
 
 
-def scatter(whole: Tensor, param: Tensor) -> None:
-    """Copy from the whole of a parameter, known to every rank, the part held here; nothing is communicated."""
+def gather_like(part: Tensor, param: Tensor) -> Tensor:
+    """The whole of something that every rank has for its part of ``param``, in the same shape; one all-gather."""
+    if not is_sharded(param):
+        return part
+    return cast(Tensor, cast(Any, like(param, part.contiguous(), tuple(param.shape))).full_tensor())
+
+
+def part_of(whole: Tensor, param: Tensor) -> Tensor:
+    """Of something in the shape of the whole of ``param``, what belongs to the part held here; a view."""
+    if not is_sharded(param):
+        return whole
     one = cast(Any, param)
     local, offset = _place(tuple(param.shape), one.device_mesh, tuple(one.placements))
     for dimension, (size, start) in enumerate(zip(local, offset, strict=True)):
         whole = whole.narrow(dimension, min(start, whole.shape[dimension] - size), size)
-    local_of(param).copy_(whole)
+    return whole
+
+
+def scatter(whole: Tensor, param: Tensor) -> None:
+    """Copy from the whole of a parameter, known to every rank, the part held here; nothing is communicated."""
+    local_of(param).copy_(part_of(whole, param))
 
 
 def _reduce(value: Tensor, param: Tensor, operation: Any) -> Tensor:
@@ -143,3 +158,20 @@ def reduce_max(value: Tensor, param: Tensor) -> Tensor:
 def reduce_sum(value: Tensor, param: Tensor) -> Tensor:
     """The elementwise sum over the ranks that hold parts of ``param``, in place; see :func:`reduce_max`."""
     return _reduce(value, param, dist.ReduceOp.SUM)
+
+
+def sum_each(values: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Numbers that belong to parameters, summed over the ranks that share each of them.
+
+    Args:
+        values: float [kinds, parameters], this rank's shares; changed.
+        params: the parameters; ordinary ones keep their values.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for i, param in enumerate(params):
+        if is_sharded(param):
+            one = cast(Any, param)
+            meshes.setdefault((one.device_mesh, tuple(one.placements)), []).append(i)
+    for members in meshes.values():
+        values[:, members] = reduce_sum(values[:, members], params[members[0]])
+    return values

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from memopt.kernels import State, Update
-from memopt.optim import checks
-from memopt.optim.batch import Batch, SmallState
+from memopt.optim import checks, sharding
+from memopt.optim.batch import Batch, Slot, SmallState
 from memopt.optim.heads import query_and_key_weights
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.rules.adamw import EXP_AVG, adam_scalars
@@ -125,6 +125,9 @@ class AdamMini(RuleOptimizer):
             grad = batch.grad(i)
             moment = slot.operand(slot.specs[1])
             assert isinstance(moment, Tensor)
+            if not slot.cut(slot.specs[1]) and sharding.is_sharded(slot.param):
+                found.append(self._shared_denominators(slot, grad, moment, scalars))
+                continue
             if grad.numel() == 0:
                 found.append(torch.empty_like(grad, dtype=torch.float32))
                 continue
@@ -137,3 +140,15 @@ class AdamMini(RuleOptimizer):
                 root = root.view(-1, *([1] * (grad.dim() - 1)))
             found.append(root.expand(grad.shape) if grad.dim() else root.view(()))
         return found
+
+    def _shared_denominators(self, slot: Slot, grad: Tensor, moment: Tensor, scalars: Mapping[str, float]) -> Tensor:
+        """The same for blocks of which ranks hold parts: every rank has all moments and adds its rows' squares."""
+        rows, count = slot.extent.shape[0], moment.numel()
+        row_size = slot.extent.numel // rows
+        first = sharding.offset_of(slot.param) // row_size
+        block = torch.arange(first, first + grad.shape[0], device=grad.device) * count // rows
+        squares = torch.linalg.vector_norm(grad.reshape(grad.shape[0], row_size), dim=1, dtype=torch.float32).square_()
+        sums = sharding.reduce_sum(torch.zeros_like(moment).index_add_(0, block, squares), slot.param)
+        moment.mul_(scalars["beta2"]).add_(sums, alpha=scalars["beta2_comp"] * count / slot.extent.numel)
+        root = moment.sqrt().mul_(scalars["sqrt_bias2_inv"]).add_(scalars["eps"])
+        return root[block].view(-1, *([1] * (grad.dim() - 1))).expand(grad.shape)

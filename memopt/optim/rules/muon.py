@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import State, Update
-from memopt.optim import checks
+from memopt.optim import checks, sharding
 from memopt.optim.batch import Batch, Slot
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.orthogonal import COEFFICIENTS, orthogonalise
@@ -111,9 +111,7 @@ class Muon(RuleOptimizer):
             return
         group = batch.group
         for one in batch.each():
-            direction = orthogonalise(
-                nesterov_direction(one, group["nesterov"]), group["ns_steps"], tuple(group["ns_coefficients"])
-            )
+            direction = whole_direction(one)
             scale = adjustment(one.slots[0].extent.shape, group["adjust_lr_fn"])
             move(one, direction, float(group["lr"]) * scale)
         advance_momentum(batch)
@@ -151,6 +149,13 @@ def run_adamw(batch: Batch) -> None:
     lr = group["lr"] if group["adamw_lr"] is None else group["adamw_lr"]
     options = {**group, "lr": lr, "betas": group["adamw_betas"], "eps": group["adamw_eps"]}
     batch.run(adamw.ADAMW, adamw.adam_scalars(options, batch.step, batch.grad_scale))
+
+
+def whole_direction(one: Batch) -> Tensor:
+    """The orthogonal direction of a batch of one; of a sharded matrix, gathered for it, the part held here."""
+    group, param = one.group, one.slots[0].param
+    momentum = sharding.gather_like(nesterov_direction(one, group["nesterov"]), param)
+    return sharding.part_of(orthogonalise(momentum, group["ns_steps"], tuple(group["ns_coefficients"])), param)
 
 
 def nesterov_direction(one: Batch, nesterov: bool) -> Tensor:

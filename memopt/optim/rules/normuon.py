@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memopt.kernels import State
-from memopt.optim import checks
+from memopt.optim import checks, sharding
 from memopt.optim.batch import Batch, SmallState
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
-from memopt.optim.orthogonal import COEFFICIENTS, orthogonalise
+from memopt.optim.orthogonal import COEFFICIENTS
 from memopt.optim.rules import adamw, muon
 
 
@@ -91,13 +90,12 @@ class NorMuon(RuleOptimizer):
         beta2 = float(group["beta2"])
         for one in batch.each():
             slot = one.slots[0]
-            momentum = muon.nesterov_direction(one, group["nesterov"])
-            direction = orthogonalise(momentum, group["ns_steps"], tuple(group["ns_coefficients"])).float()
+            direction = muon.whole_direction(one).float()
             rows = slot.operand(row_state(slot.param))
             assert isinstance(rows, Tensor)
             rows.lerp_(direction.square().mean(1), 1.0 - beta2)
             direction /= rows.sqrt().add_(float(group["eps"]))[:, None]
-            size = float(torch.linalg.vector_norm(direction))
-            scale = 0.2 * math.sqrt(direction.numel()) / size if size > 0 else 0.0
+            size = math.sqrt(float(sharding.reduce_sum(direction.square().sum(), slot.param)))
+            scale = 0.2 * math.sqrt(slot.extent.numel) / size if size > 0 else 0.0
             muon.move(one, direction, float(group["lr"]) * scale)
         muon.advance_momentum(batch)
