@@ -121,6 +121,7 @@ def _saved(recorder: Recorder, number: int, storages: tuple[Storage, ...]) -> tu
             bytes=storage.bytes,
             producer=-1 if storage.producer is None else storage.producer,
             token_wise=storage.producer is not None and recorder.raw[storage.producer].row_wise,
+            dtype=recorder.saved_dtypes.get(storage.id, ""),
         )
         for index, storage in enumerate(found)
     )

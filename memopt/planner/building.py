@@ -14,8 +14,6 @@ from memopt.planner.problem import BlockItems, Item, Milestone, Moments, Problem
 from memopt.planner.replaying import Replay, replays
 from memopt.planner.values import Action, Block, Category, SavedStorage, Storage, Trace
 
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def op_seconds(trace: Trace, rates: Rates) -> list[float]:
     """Roofline seconds of every operation."""
@@ -146,7 +144,7 @@ class Builder:
         end = max(forward, default=storage.birth) + 1
         return Site(
             bytes=saved.bytes,
-            itemsize=_ITEM_BYTES.get(self.trace.dtype, 1),
+            dtype=saved.dtype,
             birth=storage.birth,
             forward_end=end,
             first_need=min(backward, default=storage.death),

@@ -66,6 +66,7 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
         self.raw: list[RawOp] = []
         self.calls: list[Call] = []
         self._packs = 0
+        self.saved_dtypes: dict[int, str] = {}
         self._stand_in = stand_in
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[tuple[nn.Module, int | None]] = []
@@ -92,6 +93,7 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
         if record is not None and call is not None and torch._C._current_graph_task_id() == -1:
             self._packs += 1
             self.calls[call].saved.append((self._packs, record.id))
+            self.saved_dtypes.setdefault(record.id, str(tensor.dtype).removeprefix("torch."))
         return tensor
 
     def _recorded(self, index: int, func: Any, args: Any, kwargs: Any, output: Any, phase: Phase) -> None:

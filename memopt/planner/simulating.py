@@ -11,7 +11,7 @@ The runtime's rules, as this simulation knows them:
 - A recomputed storage comes back at its first need by replaying the operations that it takes, back to what is kept or
   can be loaded; what that brings back on the way stays as long as another replay or its own backward will read it. The
   block's inputs stay until its last recomputed storage is gone, and so do the kept storages that its replay reads.
-- A compressed copy lives from the storage's last use in forward to its death; the storage returns at its first need.
+- A compressed copy lives from the storage's birth to its death; the storage returns at its first need.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from memopt.planner.actions.compress import FORMAT_BITS
+from memopt.planner.compression import compressed_bytes
 from memopt.planner.plan_file import Timeline
 from memopt.planner.problem import Rates
 from memopt.planner.replay_model import ReplayModel
 from memopt.planner.values import Action, Block, BlockPlan, Category, Op, StorageAction, Trace
-
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass
@@ -77,6 +75,7 @@ class _Saved:
 
     block: int
     index: int
+    dtype: str
     parts: tuple[StorageAction, ...]
     forward_end: int
     present: bool = False
@@ -132,7 +131,7 @@ class _Player:
                 if all(part.action is Action.KEEP for part in parts):
                     continue
                 uses = [op for op in self.touches[saved.storage] if op < block.backward[0]]
-                self.saved[saved.storage] = _Saved(n, saved.index, parts, max(uses, default=0) + 1)
+                self.saved[saved.storage] = _Saved(n, saved.index, saved.dtype, parts, max(uses, default=0) + 1)
 
     def _plan_replays(self) -> None:
         """What each block replays, and what must stay alive for it."""
@@ -178,6 +177,8 @@ class _Player:
                 self._hold(("storage", born), born)
                 if born in self.saved:
                     self.saved[born].present = True
+                    if small := self._compressed(born, self.saved[born]):
+                        self._hold(("copy", born), born, small)
             self._measure(op.index, op.name)
             spent = seconds(op.flops, op.bytes_read + op.bytes_written)
             self.clock += spent
@@ -197,7 +198,10 @@ class _Player:
         size = self.storages[storage].bytes
         swapped = int(size * saved.share(Action.SWAP))
         saved.gone, saved.present = True, False
-        kept = int(size * saved.share(Action.KEEP)) + self._compressed(storage, saved)
+        small = self._compressed(storage, saved)
+        if small:
+            self._spend_codec(size + small)
+        kept = int(size * saved.share(Action.KEEP)) + small
         self._resize(("storage", storage), storage, swapped if self.rates.overlap else 0)
         if kept:
             self._hold(("copy", storage), storage, kept)
@@ -212,14 +216,12 @@ class _Player:
                 self._wait(copy)
 
     def _compressed(self, storage: int, saved: _Saved) -> int:
-        """Bytes of its compressed copy; making it takes one pass."""
+        """Bytes of its compressed copy."""
         total = 0
         for part in saved.parts:
             if part.action is Action.COMPRESS:
-                elements = self.storages[storage].bytes * part.fraction / _ITEM_BYTES.get(self.trace.dtype, 1)
-                size = int(elements * FORMAT_BITS[part.format or "8bit"] / 8)
-                self._spend_codec(int(self.storages[storage].bytes * part.fraction) + size)
-                total += size
+                covered = int(self.storages[storage].bytes * part.fraction)
+                total += compressed_bytes(covered, saved.dtype, part.format or "8bit")
         return total
 
     def _copies(self, time: int) -> None:

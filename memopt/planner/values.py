@@ -81,7 +81,8 @@ class SavedStorage:
     """A storage that autograd saves inside one call of a block.
 
     ``index`` counts the call's distinct saved storages in the order in which autograd first packs them, leaving out
-    parameters, buffers and the storages of the block's inputs: trace and runtime see the same order.
+    parameters, buffers and the storages of the block's inputs: trace and runtime see the same order. ``dtype`` is that
+    of the tensor that autograd packed first, "" where it is not known.
     """
 
     index: int
@@ -89,6 +90,7 @@ class SavedStorage:
     bytes: int
     producer: int
     token_wise: bool
+    dtype: str = ""
 
 
 @dataclass(frozen=True)

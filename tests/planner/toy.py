@@ -117,7 +117,9 @@ def transformer(
         d = s.op("attention_backward", B, [d, qkv, attention], 3 * unit, flops=5 * flops, category=T)
         d = s.op("qkv_backward", B, [d, norm, w], unit, writes=[dw], flops=6 * flops, category=T)
         g = s.op("norm_backward", B, [d, x, g], unit, category=T)
-        saved = tuple(SavedStorage(i, v, s.size(v), 0, v not in (qkv, attention)) for i, v in enumerate(made[k][2]))
+        saved = tuple(
+            SavedStorage(i, v, s.size(v), 0, v not in (qkv, attention), "float32") for i, v in enumerate(made[k][2])
+        )
         blocks.append(Block(f"blocks.{k}", 0, 0, forward, (start, len(s.ops)), (x,), (y,), saved, "toy-block"))
     for dw in gradients:
         s.alive_until(dw, len(s.ops))

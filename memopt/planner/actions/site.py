@@ -18,7 +18,7 @@ class Site:
     """
 
     bytes: int
-    itemsize: int
+    dtype: str
     birth: int
     forward_end: int
     first_need: int
