@@ -2,5 +2,7 @@
 
 from memopt.report.boxes import Box, boxes_of
 from memopt.report.html import write_html
+from memopt.report.perfetto import write_perfetto
+from memopt.report.snapshot import write_snapshot
 
-__all__ = ["Box", "boxes_of", "write_html"]
+__all__ = ["Box", "boxes_of", "write_html", "write_perfetto", "write_snapshot"]

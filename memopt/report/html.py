@@ -12,6 +12,7 @@ from typing import Any
 
 from memopt.planner import Category
 from memopt.report.boxes import Box
+from memopt.report.files import write_whole
 from memopt.report.series import RunLike, as_series
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -76,7 +77,8 @@ def write_html(
     }
     parts = {"@TITLE@": html.escape(title), "@PLOTLY@": _plotly(), "@DATA@": _script_json(data)}
     template = _TEMPLATE.read_text(encoding="utf-8")
-    _write(Path(path), re.sub("|".join(parts), lambda match: parts[match.group()], template))
+    page = re.sub("|".join(parts), lambda match: parts[match.group()], template)
+    write_whole(path, page.encode("utf-8"))
 
 
 def _ordered(categories: Iterable[str]) -> list[str]:
@@ -97,12 +99,3 @@ def _script_json(data: Any) -> str:
     """JSON that may stand inside a script element whatever the names contain."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _write(target: Path, text: str) -> None:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
