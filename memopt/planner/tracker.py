@@ -48,7 +48,16 @@ _LOSS_OPERATIONS = frozenset(
     }
 )
 _OWN = "memopt"
-_LOSS_WORDS = ("cross_entropy", "contrastive")
+_LOSS_WORDS = ("cross_entropy", "contrastive", "logit", "softmax_gradient", "column_statistics", "pair_gradient")
+_FIRST_IS_LOGITS = frozenset(
+    {
+        "aten::_log_softmax",
+        "memopt::logit_statistics",
+        "memopt::softmax_gradient_",
+        "memopt::column_statistics_",
+        "memopt::pair_gradient_",
+    }
+)
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -219,7 +228,9 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inside.append(func._schema.name)
         try:
             with self:
-                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+                output = func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+            self._claim_loss(func, args, output)
+            return output
         finally:
             self._inside.pop()
 
@@ -240,8 +251,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _claim_loss(self, func: Any, args: Any, output: Any) -> None:
         """The inputs and outputs of loss functions, wherever they run, are logits and loss."""
         name = func._schema.name
-        if name in _LOSS_OPERATIONS:
-            inputs = (args[0],) if name == "aten::_log_softmax" else ()
+        if name in _LOSS_OPERATIONS or name in _FIRST_IS_LOGITS:
+            inputs = (args[0],) if name in _FIRST_IS_LOGITS else ()
             for tensor in tensors_in((inputs, output)):
                 record = self.observe(tensor)
                 if record is not None and record.producer is not None:

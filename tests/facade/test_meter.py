@@ -148,3 +148,47 @@ def test_other_types_are_refused() -> None:
         memopt.meter(model="gpt")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer must be a Optimizer"):
         memopt.meter(optimizer=nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_the_chunked_loss_is_predicted_and_measured_alike() -> None:
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.layer = nn.Embedding(3000, 64), nn.Linear(64, 64)
+            self.head = nn.Linear(64, 3000, bias=False)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            hidden = F.gelu(self.layer(self.token(tokens)))
+            return memopt.linear_cross_entropy(hidden, self.head.weight, tokens, chunk_bytes=2**18)
+
+    model = Headed()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = model(TOKENS)
+        loss.backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad()
+    with memopt.meter(model, optimizer) as m:
+        step()
+    assert memopt.trace(model, TOKENS, None, optimizer).peak_bytes == m.peak_bytes
+    whole = 4 * TOKENS.numel() * 3000
+    assert 2**17 < m.peak_by_category["logits_and_loss"] < whole
+
+
+def test_what_a_runtime_brings_back_is_an_activation() -> None:
+    from memopt.planner.restoring import restoring
+
+    def unpack(shape: torch.Size) -> torch.Tensor:
+        with restoring():
+            return torch.ones(shape)
+
+    model = GPT()
+    with memopt.meter(model) as m, torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, unpack):
+        loss = (model.head.weight * torch.ones_like(model.head.weight).requires_grad_()).sum()
+        loss.backward()
+    back = [sample for sample in m.timeline if sample.phase == "backward"]
+    assert max(sample.by_category["activations"] for sample in back) >= 2 * model.head.weight.nbytes
