@@ -8,6 +8,7 @@ from memopt.planner.planning import plan
 from memopt.planner.policy import SolverError
 from memopt.planner.presets import FoundModel, ModelError, find_model, preset_names
 from memopt.planner.probing import probe
+from memopt.planner.sharding import Degrees, shard
 from memopt.planner.signature import block_signature, describe
 from memopt.planner.tracing import trace
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
@@ -33,6 +34,7 @@ __all__ = [
     "BudgetError",
     "Buffer",
     "Category",
+    "Degrees",
     "FoundModel",
     "Hardware",
     "HardwareError",
@@ -61,6 +63,7 @@ __all__ = [
     "plan",
     "preset_names",
     "probe",
+    "shard",
     "trace",
     "validate",
 ]
