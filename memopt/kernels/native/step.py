@@ -6,6 +6,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _Kernel = tuple[Callable[..., None], list[Expr]]
 
 def run(request: StepRequest) -> dict[str, Tensor]:
     """Carries the step out; the torch implementation does it where the kernel cannot be built."""
+    request, late = _in_order(request)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, p in enumerate(request.params):
         plain = tuple(s[i].dtype if c is None else c for s, c in zip(request.states, request.codecs, strict=True))  # type: ignore[union-attr]
@@ -33,9 +35,36 @@ def run(request: StepRequest) -> dict[str, Tensor]:
         kind = StepKind(request.update, param, grad, stored, request.roundings, request.param_rounding)
         kernel = _kernel(kind)
         if kernel is None:
-            return step_torch.run(request)
+            totals = step_torch.run(request)
+            break
         sums[members] = _launch(kernel, request, members)
-    return {name: sums[:, k].float() for k, name in enumerate(request.update.reductions)}
+    else:
+        totals = {name: sums[:, k].float() for k, name in enumerate(request.update.reductions)}
+    for tensor, copy in late:
+        tensor.copy_(copy)
+    return totals
+
+
+def _in_order(request: StepRequest) -> tuple[StepRequest, list[tuple[Tensor, Tensor]]]:
+    """The request on memory that lies in order, which is what the kernel reads: copies of all that does not.
+
+    Returns the request and the pairs (tensor, its copy) to write back. A broadcast tensor is never written.
+    """
+    late: list[tuple[Tensor, Tensor]] = []
+
+    def ordered(stored: Any, written: bool) -> Any:
+        if isinstance(stored, Quantized) or stored.is_contiguous():
+            return stored
+        copy = stored.detach().contiguous()
+        if written and 0 not in stored.stride():
+            late.append((stored.detach(), copy))
+        return copy
+
+    lists = [request.params, request.grads, *request.states]
+    made = [[ordered(t, which != 1) for t in tensors] for which, tensors in enumerate(lists)]
+    if all(a is b for old, new in zip(lists, made, strict=True) for a, b in zip(old, new, strict=True)):
+        return request, late
+    return replace(request, params=made[0], grads=made[1], states=made[2:]), late
 
 
 @functools.lru_cache(maxsize=256)
