@@ -108,6 +108,7 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any) -> list[Any
                 answers.append((False, f"the process died with exit code {_ranks[rank][0].exitcode}"))
     failures = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
     if failures:
-        _stop()  # a rank that failed may have left its peers or itself in any state
+        if any(not process.is_alive() for process, _ in _ranks):
+            _stop()  # start afresh; ranks that answered have left their group and can go on
         raise RuntimeError("\n".join(failures))
     return [value for _, value in answers]

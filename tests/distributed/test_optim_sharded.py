@@ -123,6 +123,33 @@ def resume(rank: int, folder: str, *made: Any) -> dict[str, Tensor]:
     return advance(model, optimizer, range(2, 5))
 
 
+ELEMENTWISE = ["Adam", "Lion", "SGD", "RMSprop", "Adagrad", "AdEMAMix"]
+MORE = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.5}}
+
+
+@pytest.mark.parametrize("state", ["8bit", "4bit"])
+@pytest.mark.parametrize("rule", ELEMENTWISE)
+def test_other_elementwise_rules_too(rule: str, state: str) -> None:
+    options = {"state": state, **MORE.get(rule, {})}
+    expected = advance(*build(rule, torch.float32, options, False, shapes()), range(4))
+    for got in run_ranks(sharded_run, 2, rule, torch.float32, options, shapes()):
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("rule", ["LAMB", "LARS", "Muon", "NorMuon", "AdamMini"])
+def test_rules_over_whole_parameters_agree_up_to_rounding(rule: str) -> None:
+    """Their norms, rows and matrices are those of the whole parameter, whose sums ranks add in another order."""
+    expected = advance(*build(rule, torch.float32, {"state": "fp32"}, False, shapes()), range(3))
+    for got in run_ranks(sharded_steps, 2, rule, {"state": "fp32"}, 3):
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+
+
+def sharded_steps(rank: int, rule: str, options: dict[str, Any], steps: int) -> dict[str, Tensor]:
+    return advance(*build(rule, torch.float32, options, True, shapes()), range(steps))
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 2), (2, 1), (1, 3)])
 @pytest.mark.parametrize("state", STATES)
 def test_checkpoints_are_resharded_to_another_number_of_ranks(
