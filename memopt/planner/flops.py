@@ -98,6 +98,8 @@ def moved_bytes(func: Any, args: Any, kwargs: Any, output: Any) -> tuple[int, in
 def mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that an operation writes in place, by its schema."""
     found: list[Tensor] = []
+    if not func._schema.is_mutable:
+        return found
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)

@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memopt.planner.records import tensors_in
+
 _LIMIT = 1 << 22
 """Elements above which a tensor carries no shadow."""
 
@@ -79,16 +81,15 @@ class Guesses(TorchDispatchMode):
 
     def _on_shadows(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation's result on shadows, or None where an operand has none or the result would be large."""
-        flat, shape = tree_flatten((args, kwargs))
-        tensors = [value for value in flat if isinstance(value, Tensor)]
         written = _written(func, args, kwargs)
-        known = [self._value(tensor) for tensor in tensors]
-        if any(one is None for one in known) or any(tensor not in self._shadows for tensor in written):
+        tensors = list(tensors_in((args, kwargs), 4))
+        if any(self._value(one) is None for one in tensors) or any(one not in self._shadows for one in written):
             for tensor in written:
                 self._forget(tensor)
             return None
         if not tensors and not _makes_integers(func, args, kwargs):
             return None
+        flat, shape = tree_flatten((args, kwargs))
         values = [self._value(value) if isinstance(value, Tensor) else value for value in flat]
         values = [torch.device("cpu") if isinstance(value, torch.device) else value for value in values]
         real_args, real_kwargs = tree_unflatten(values, shape)
@@ -181,7 +182,9 @@ def _dimension(func: Any, args: Any, kwargs: Any) -> int | None:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
+    if not func._schema.is_mutable:
+        return found
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)

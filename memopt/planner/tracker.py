@@ -47,6 +47,7 @@ _LOSS_OPERATIONS = frozenset(
         "aten::binary_cross_entropy_with_logits",
     }
 )
+_DEVICE = torch.ops.prim.device.default
 _OWN = "memopt"
 _LOSS_WORDS = ("cross_entropy", "contrastive", "logit", "softmax_gradient", "column_statistics", "pair_gradient")
 _FIRST_IS_LOGITS = frozenset(
@@ -150,7 +151,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _touches_memory(func):
-            return func(*args, **kwargs)
+            fake = args[0] if func is _DEVICE and args else None  # asked three times for each operation of a trace
+            return fake.fake_device if isinstance(fake, FakeTensor) else func(*args, **kwargs)
         if not self._fake and func.namespace == _OWN:
             return self._follow(func, args, kwargs)
         for tensor in tensors_in((args, kwargs), 4):
