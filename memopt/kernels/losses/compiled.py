@@ -36,6 +36,7 @@ def linear_cross_entropy_forward(
     chunk_bytes: int,
     mode: str,
     accumulate: str,
+    gradient_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, log-sum-exp, entropy and accuracy; then the gradients of the first four arguments for one upstream.
 
@@ -53,6 +54,7 @@ def linear_cross_entropy_forward(
         chunk_bytes,
         mode,
         accumulate,
+        gradient_filter,
     )
     problem = prepare(hidden, weight, bias, scale, target, class_weight, settings)
     outcome = forward(problem, Wanted() if settings.want_stats else Wanted(*wanted))
@@ -63,13 +65,14 @@ def linear_cross_entropy_forward(
 
 
 @linear_cross_entropy_forward.register_fake
-def _(hidden, weight, bias, scale, target, class_weight, wanted, ignore_index, reduction, *rest):  # type: ignore[no-untyped-def]
-    shift, length, want_stats, _, mode, _ = rest[3:]
+def _(hidden, weight, bias, scale, target, class_weight, wanted, *choices):  # type: ignore[no-untyped-def]
+    settings = Settings(*choices)
+    length, shift, mode = settings.length, settings.shift, settings.mode
     opmath = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     count = (hidden.shape[0] // length) * (length - shift) if length else 0
-    loss = hidden.new_empty((count,) if reduction == "none" else (), dtype=opmath)
+    loss = hidden.new_empty((count,) if settings.reduction == "none" else (), dtype=opmath)
     by_row = (hidden.new_empty((2, count), dtype=opmath), hidden.new_empty((count,), dtype=opmath))
-    early = reduction != "none" and not want_stats
+    early = settings.early and not settings.want_stats
     shapes = (hidden.shape, weight.shape, (weight.shape[0],), ())
     dtypes = (hidden.dtype, weight.dtype, opmath, opmath)
     made = [early and w and not (i == 1 and mode == "recompute") for i, w in enumerate(wanted)]
@@ -103,6 +106,7 @@ def linear_cross_entropy_backward(
     chunk_bytes: int,
     mode: str,
     accumulate: str,
+    gradient_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The ``wanted`` gradients of the first four arguments from logits made again; the others are empty."""
     settings = Settings(
@@ -117,6 +121,7 @@ def linear_cross_entropy_backward(
         chunk_bytes,
         mode,
         accumulate,
+        gradient_filter,
     )
     problem = prepare(hidden, weight, bias, scale, target, class_weight, settings)
     return _filled(backward(problem, Wanted(*wanted), lse, of_loss, of_lse), hidden)
@@ -152,20 +157,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, of_loss: Tensor, of_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, lse = ctx.saved_tensors[:7]
     made = list(ctx.saved_tensors[7:])
-    reduction, want_stats, mode = ctx.choices[1], ctx.choices[7], ctx.choices[9]
+    settings = Settings(*ctx.choices)
     late = list(ctx.wanted)
-    if reduction != "none" and not want_stats:
-        late = [False, late[1] and mode == "recompute", False, False]
+    if settings.early and not settings.want_stats:
+        late = [False, late[1] and settings.mode == "recompute", False, False]
     results = [g if is_late else g * of_loss for g, is_late in zip(made, late, strict=True)]
     if any(late):
         again = linear_cross_entropy_backward(
-            *tensors, lse, of_loss, of_lse if want_stats else None, late, *ctx.choices
+            *tensors, lse, of_loss, of_lse if settings.want_stats else None, late, *ctx.choices
         )
         results = [a if is_late else r for a, r, is_late in zip(again, results, late, strict=True)]
     by_tensor: list[Tensor | None] = []
     for gradient, tensor, is_wanted in zip(results, tensors[:4], ctx.wanted, strict=True):
         by_tensor.append(gradient.to(tensor.dtype).view(tensor.shape) if is_wanted else None)
-    return (*by_tensor, *[None] * 14)
+    return (*by_tensor, *[None] * 15)
 
 
 linear_cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)

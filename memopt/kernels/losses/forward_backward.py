@@ -10,6 +10,7 @@ from torch import Tensor
 from memopt.kernels.losses.problem import Problem
 from memopt.kernels.losses.row_pass import Gradients, RowResult, Upstream, Wanted, row_pass
 from memopt.kernels.losses.slice_pass import slice_pass
+from memopt.kernels.losses.tile_pass import tile_gradients, tile_statistics
 
 
 class Outcome(NamedTuple):
@@ -28,11 +29,11 @@ class Outcome(NamedTuple):
 def forward(problem: Problem, wanted: Wanted) -> Outcome:
     """Loss and statistics; for a mean or a sum also the gradients, all but the weight's in recompute mode."""
     p, settings = problem, problem.settings
-    early = settings.reduction != "none" and wanted.any()
+    early = settings.early and wanted.any()
     upstream, factor = _unit_upstream(p) if early else (None, None)
     if settings.mode == "recompute":
         wanted = Wanted(wanted.hidden, False, wanted.bias, wanted.scale)
-    result = row_pass(p, wanted, upstream)
+    result = tile_statistics(p) if settings.mode == "tiles" else row_pass(p, wanted, upstream)
     result.gradients.factor = factor
     loss = _reduce(p, result)
     accuracy = _accuracy(p, result) if settings.want_stats else loss.new_zeros(())
@@ -49,6 +50,8 @@ def backward(problem: Problem, wanted: Wanted, lse: Tensor, of_loss: Tensor | No
     """All wanted gradients from the logits made again, for gradients of the loss and of the log-sum-exp as returned."""
     p = problem
     upstream = _upstream(p, of_loss, of_lse)
+    if p.settings.mode == "tiles":
+        return tile_gradients(p, wanted, torch.stack([p.collect(part) for part in lse]), upstream)
     sliced = wanted.weight and p.settings.mode == "recompute"
     rest = Wanted(wanted.hidden, wanted.weight and not sliced, wanted.bias, wanted.scale)
     gradients = row_pass(p, rest, upstream).gradients if rest.any() else Gradients()

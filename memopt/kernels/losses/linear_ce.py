@@ -14,6 +14,7 @@ from memopt.kernels.losses.forward_backward import backward, forward
 from memopt.kernels.losses.problem import prepare
 from memopt.kernels.losses.row_pass import Gradients, Wanted
 from memopt.kernels.losses.settings import DEFAULT_CHUNK_BYTES, LossStats, Settings
+from memopt.kernels.losses.tile_pass import check_tiles
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,6 +38,7 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     mode: str = "rows",
     accumulate: str = "weight",
+    gradient_filter: float = 0.0,
     process_group: ProcessGroup | None = None,
 ) -> Any:  # Tensor, or with return_stats a tuple of it and LossStats
     """Cross-entropy of ``softmax(hidden @ weight.T)``, the logits made a chunk at a time and never kept.
@@ -67,9 +69,13 @@ def linear_cross_entropy(
         chunk_bytes: scratch for logits; 64 MiB unless given. More scratch means fewer, larger chunks.
         mode: "rows" makes the gradients of a mean or sum in forward, in row chunks. "recompute" leaves the weight's to
             backward, where logits are made once more in slices of the vocabulary, and each of its rows is written once.
-            Gradients of "none" and of the returned log-sum-exp are made in backward in either mode.
+            "tiles" (Triton) makes logits in tiles on the chip in forward and twice in backward, and keeps none.
+            Gradients of "none" and of the returned log-sum-exp are made in backward in every mode.
         accumulate: of the weight's gradient over row chunks: "weight" adds in its dtype, "float32" in 4 more bytes per
             weight element (see :class:`WeightGradient` for the errors).
+        gradient_filter: in mode "tiles", a tile where no probability, nor what is missing to one at a target, is above
+            this is taken for zero. 0 skips nothing; 2**-12 is below what bfloat16 resolves. Entries that are rare in
+            the targets lose part of their gradient: meant for fine-tuning.
         process_group: ranks that hold consecutive rows of the weight (and of bias and class_weight) in rank order, with
             the same ``hidden`` and ``target`` everywhere; the gradient of ``hidden`` is summed over them.
 
@@ -84,7 +90,8 @@ def linear_cross_entropy(
 
     Cost: memory beyond inputs and gradients at most ``chunk_bytes``, working space of the product, and 40 bytes per
     position. Time of three products over (N, H, V) and about three passes over the logits; four products in
-    "recompute"; four and five where gradients are made in backward.
+    "recompute"; four and five where gradients are made in backward; five in "tiles", without chunks, but 4 bytes per
+    element of ``hidden``.
 
     Source: gradients in forward, row chunks and their cost as in the Liger kernels; recomputing as in "Cut Your Losses
     in Large-Vocabulary Language Models" section 4. We differ: chunks by bytes, one kernel for all options.
@@ -107,8 +114,11 @@ def linear_cross_entropy(
         chunk_bytes=DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes,
         mode=mode,
         accumulate=accumulate,
+        gradient_filter=gradient_filter,
         group=process_group,
     )
+    if mode == "tiles":
+        check_tiles(hidden, target)
     if (cast := autocast_dtype(hidden.device)) is not None:
         hidden, weight = hidden.to(cast), weight.to(cast)
     hidden = hidden.reshape(-1, weight.shape[1])

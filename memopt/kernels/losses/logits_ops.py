@@ -11,6 +11,8 @@ label smoothing, class weights, the z-loss and a gradient of the log-sum-exp nee
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -103,8 +105,12 @@ def _(
     return scale.new_empty((logits.shape[0],))
 
 
-def _implementation(logits: Tensor):  # type: ignore[no-untyped-def]
+def _implementation(logits: Tensor) -> ModuleType:
     chosen = choose_backend(logits.device)
+    if chosen == "triton" and logits.dtype != torch.float64 and logits.stride(-1) == 1:
+        from memopt.kernels.losses import logits_triton
+
+        return logits_triton
     if chosen == "native" and logits_native.available(logits):
         return logits_native
     return logits_torch

@@ -130,7 +130,7 @@ def row_pass(problem: Problem, wanted: Wanted, upstream: Upstream | None) -> Row
         statistics, argmax = logit_statistics(logits, *constant, weighted, settings.want_stats)
         statistics, result.argmax[rows] = p.shard.merge(statistics, argmax)
         of_lse = lse_coefficient(p, first, stop, soft)
-        _reduce_rows(p, statistics, of_lse, rows, result)
+        reduce_rows(p, statistics, of_lse, rows, result)
         if upstream is None:
             continue
         coefficients = row_coefficients(p, upstream.rows(first, stop), result.lse[:, rows], of_lse, first, stop)
@@ -185,8 +185,8 @@ def row_coefficients(
     return out
 
 
-def _reduce_rows(p: Problem, statistics: Tensor, of_lse: Tensor | float, rows: slice, result: RowResult) -> None:
-    """From merged statistics: ce = of_lse * lse - (1 - smoothing) * share * z[target] - uniform * sum(weight * z)."""
+def reduce_rows(p: Problem, statistics: Tensor, of_lse: Tensor | float, rows: slice, result: RowResult) -> None:
+    """Fills ``result``: ce = of_lse * lse - (1 - smoothing) * share * z[target] - uniform * sum(weight * z)."""
     highest, total, expected, target_logit, weighted = statistics
     log_total = total.log()
     lse = highest + log_total

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
-MODES = ("rows", "recompute")
+MODES = ("rows", "recompute", "tiles")
 ACCUMULATIONS = ("weight", "float32")
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 
@@ -45,6 +45,7 @@ class Settings:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     mode: str = "rows"
     accumulate: str = "weight"
+    gradient_filter: float = 0.0
     group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +61,10 @@ class Settings:
         for name, number in (("softcap", self.softcap), ("z_loss", self.z_loss)):
             if not 0.0 <= number < float("inf"):
                 raise ValueError(f"{name} must be a finite number, not negative, got {number}")
+        if not 0.0 <= self.gradient_filter < 1.0:
+            raise ValueError(f"gradient_filter must lie in [0, 1), got {self.gradient_filter}")
+        if self.gradient_filter and self.mode != "tiles":
+            raise ValueError(f"gradient_filter works in mode='tiles' only, got mode={self.mode!r}")
         if self.chunk_bytes <= 0:
             raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
         if self.shift < 0 or self.shift > self.length:
@@ -70,9 +75,14 @@ class Settings:
         return tuple(getattr(self, field.name) for field in fields(self) if field.name != "group")
 
     @property
+    def early(self) -> bool:
+        """Whether forward can make gradients: they are known up to one number, and the mode keeps logits for it."""
+        return self.reduction != "none" and self.mode != "tiles"
+
+    @property
     def recomputes(self) -> bool:
         """Whether backward may have to make logits again, so that it needs the inputs."""
-        return self.reduction == "none" or self.mode == "recompute" or self.want_stats
+        return not self.early or self.mode == "recompute" or self.want_stats
 
 
 def rows_per_chunk(rows: int, bytes_per_row: int, chunk_bytes: int) -> int:
