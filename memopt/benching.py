@@ -6,6 +6,8 @@ them alike; the figures are ratios of medians.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import statistics
 import time
@@ -68,9 +70,7 @@ def optimizers(device: str) -> list[Row]:
     for state in ("fp32", "bf16", "8bit", "4bit"):
         made[f"memopt AdamW {state}"] = AdamW(parameters(), state=state)
     if importlib.util.find_spec("bitsandbytes"):
-        import bitsandbytes
-
-        made["bitsandbytes AdamW8bit"] = bitsandbytes.optim.AdamW8bit(parameters())
+        made["bitsandbytes AdamW8bit"] = importlib.import_module("bitsandbytes.optim").AdamW8bit(parameters())
     notes = {}
     for name, optimizer in made.items():
         optimizer.step()  # makes the states
@@ -87,8 +87,8 @@ def quantisers(device: str) -> list[Row]:
     cases: dict[str, Callable[[], object]] = {"copy_": lambda: to.copy_(x)}
     for codec in ("sq127", "sq15"):
         codes = quantize_blockwise(x, codec)
-        cases[f"quantise {codec}"] = lambda codec=codec: quantize_blockwise(x, codec)
-        cases[f"dequantise {codec}"] = lambda codes=codes: dequantize_blockwise(codes)
+        cases[f"quantise {codec}"] = functools.partial(quantize_blockwise, x, codec)
+        cases[f"dequantise {codec}"] = functools.partial(dequantize_blockwise, codes)
     return against_first(cases)
 
 

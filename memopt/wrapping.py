@@ -56,6 +56,7 @@ def wrap(
     from memopt.optim import make
     from memopt.planner import format_bytes, plan, trace
 
+    built: Optimizer
     if isinstance(optimizer, str):
         built = make(optimizer, model.parameters(), **options)
     elif options:
@@ -66,10 +67,11 @@ def wrap(
     else:
         built = optimizer
     chosen = plan(trace(model, inputs, loss_fn=loss_fn, optimizer=built), budget=budget, hardware=hardware)
-    if chosen.status == "infeasible":
+    if chosen.smallest_budget_bytes is not None:
         raise DoesNotFitError(
-            f"budget {format_bytes(chosen.budget_bytes)}: nothing fits; the smallest budget that does is "
-            f"{format_bytes(chosen.smallest_budget_bytes)} ({chosen.binding})",
+            f"budget {budget}: nothing fits; the smallest budget that does is "
+            f"{format_bytes(chosen.smallest_budget_bytes)} ({chosen.smallest_budget_bytes} bytes); what binds: "
+            f"{chosen.binding}",
             chosen,
         )
     apply(model, chosen)

@@ -82,7 +82,7 @@ def test_plan_that_does_not_fit_says_what_would() -> None:
     [
         (["plan", "gtp2"], ["gtp2", "gpt2"]),
         (["plan", "gpt2", "--hardware", "rtx-9999"], ["rtx-9999", "rtx-4090"]),
-        (["plan", "gpt2", "--optimizer", "adamw7bit"], ["adamw7bit", "adamw8bit"]),
+        (["plan", "gpt2", "--optimizer", "adamw7bit"], ["adamw7bit", "adamw,", "8bit"]),
         (["plan", "gpt2", "--budget", "lots"], ["lots", "24GiB"]),
         (["plan", "gpt2", "--budget", "10MiB"], ["weights alone"]),
         (["plan", "gpt2", "--dtype", "int3"], ["int3", "bf16"]),

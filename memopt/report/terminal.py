@@ -1,0 +1,141 @@
+"""What a plan says, on one terminal page: does it fit, where the bytes are, what it costs, what binds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memopt.planner import format_bytes
+from memopt.planner.values import Action, BlockPlan
+
+if TYPE_CHECKING:
+    from memopt.planner import Placement, Plan
+
+BAR_CELLS = 40
+
+
+def plan_page(plan: Plan) -> Group:
+    """The page that ``memopt plan`` prints.
+
+    Args:
+        plan: any plan, also one that found that nothing fits.
+
+    Returns:
+        A rich group: verdict, peak by category, seconds, blocks, and what to change.
+    """
+    return Group(_verdict(plan), "", _peak(plan), "", _seconds(plan), *_blocks(plan), "", _advice(plan))
+
+
+def format_seconds(seconds: float) -> str:
+    """Print a duration with the unit that keeps it readable: ``"1.25 s"``, ``"31.0 ms"``, ``"8.0 us"``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= scale or unit == "us":
+            return f"{seconds / scale:.3g} {unit}"
+    raise AssertionError("unreachable: the last unit takes every value")
+
+
+def _verdict(plan: Plan) -> Text:
+    fits = plan.status != "infeasible"
+    budget = "no limit" if plan.budget_bytes is None else format_bytes(plan.budget_bytes)
+    line = Text()
+    line.append("FITS" if fits else "DOES NOT FIT", style="bold green" if fits else "bold red")
+    line.append(f"  {plan.model} on {plan.hardware}: peak {format_bytes(plan.peak_bytes)} of {budget}")
+    if plan.baseline_peak_bytes != plan.peak_bytes:
+        line.append(f", {format_bytes(plan.baseline_peak_bytes)} without a plan")
+    if not fits and plan.smallest_budget_bytes is not None:
+        line.append(f"\nThe smallest budget that fits is {format_bytes(plan.smallest_budget_bytes)}.", style="bold")
+    return line
+
+
+def _peak(plan: Plan) -> Table:
+    table = Table(title=f"Bytes at the peak ({plan.peak_at})", title_justify="left")
+    table.add_column("category")
+    table.add_column("size", justify="right")
+    table.add_column("share of the budget" if plan.budget_bytes else "share of the peak")
+    whole = plan.budget_bytes or plan.peak_bytes
+    for category, size in sorted(plan.by_category.items(), key=lambda item: -item[1]):
+        if not size:
+            continue
+        cells = round(BAR_CELLS * size / whole)
+        table.add_row(category, format_bytes(size), f"{'█' * min(cells, BAR_CELLS)} {size / whole:.1%}")
+    return table
+
+
+def _seconds(plan: Plan) -> Table:
+    table = Table(title=f"Seconds per step, modelled: {format_seconds(plan.step_seconds)}", title_justify="left")
+    parts = {
+        "compute": plan.compute_seconds,
+        "recompute": plan.recompute_seconds,
+        "stall": plan.stall_seconds,
+        "compress": plan.compression_seconds,
+    }
+    for name in parts:
+        table.add_column(name, justify="right")
+    table.add_row(*(format_seconds(value) for value in parts.values()))
+    return table
+
+
+def _describe(block: BlockPlan) -> str:
+    """The actions of a block as counts and bytes, in the order keep, swap, recompute, compress."""
+    sizes: Counter[Action] = Counter()
+    counts: Counter[Action] = Counter()
+    for action in block.actions:
+        sizes[action.action] += action.bytes
+        counts[action.action] += 1
+    return (
+        ", ".join(f"{a.value} {counts[a]} ({format_bytes(sizes[a])})" for a in Action if counts[a]) or "nothing saved"
+    )
+
+
+def _blocks(plan: Plan) -> list[RenderableType]:
+    if not plan.blocks:
+        return []
+    table = Table(title="What happens to the activations", title_justify="left")
+    table.add_column("blocks")
+    table.add_column("saved storages")
+    for text, run in groupby(plan.blocks, key=_describe):
+        members = list(run)
+        first, last = members[0].path, members[-1].path
+        table.add_row(first if len(members) == 1 else f"{first} to {last} ({len(members)})", text)
+    return ["", table]
+
+
+def _advice(plan: Plan) -> Text:
+    text = Text(f"What binds: {plan.binding}\n")
+    if plan.swap_tier != "none" and plan.swapped_bytes:
+        text.append(f"Swapped per step: {format_bytes(plan.swapped_bytes)} to {plan.swap_tier}\n")
+    proof = (
+        "proven best of its model" if plan.status == "optimal" else f"at most {plan.gap:.1%} from the best known bound"
+    )
+    if plan.status != "infeasible":
+        text.append(f"How: {plan.method}; {proof}; solved in {format_seconds(plan.solve_seconds)}", style="dim")
+    else:
+        text.append("What to change: a larger budget, a smaller --batch or --seq, or a smaller --optimizer state")
+    return text
+
+
+def placement_page(placement: Placement, buffers: int, capacity: int | None) -> Group:
+    """What ``memopt place`` prints: how large the arena is, how good that is, and how it was found.
+
+    Args:
+        placement: the result.
+        buffers: how many were to be placed.
+        capacity: bytes that were available, or None.
+    """
+    placed = placement.status.value == "placed"
+    line = Text(placement.status.value.upper(), style="bold green" if placed else "bold red")
+    line.append(f"  {buffers} buffers", style="default")
+    if capacity is not None:
+        line.append(f", capacity {capacity}")
+    table = Table(show_header=False)
+    table.add_row("peak", f"{placement.peak} B ({format_bytes(placement.peak)})")
+    table.add_row("lower bound (max-live)", f"{placement.lower_bound} B")
+    table.add_row("gap", "0, proven smallest" if placement.proven else f"at most {placement.gap:.2%}")
+    table.add_row("method", placement.method)
+    table.add_row("time", format_seconds(placement.seconds))
+    return Group(line, table, Text(placement.reason))
