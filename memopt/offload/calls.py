@@ -18,6 +18,7 @@ from memopt.offload.recording import Recorder
 from memopt.offload.session import Origin, Sessions
 from memopt.offload.template import Kind, Template
 from memopt.offload.tiers import Tier
+from memopt.planner.restoring import restoring
 from memopt.planner.values import Action, StorageAction
 
 
@@ -104,6 +105,13 @@ class Call:
         self.recorder: Recorder | None = None
         self._savers: tuple[Saver, ...] = () if compiled is None else compiled.savers
 
+    def __enter__(self) -> None:
+        """A stretch of forward; if it fails, the call lets go of everything."""
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is not None:
+            self.close()
+
     def pack(self, tensor: Tensor) -> Any:
         """Saved-tensor hook: what autograd gets to hold."""
         number = len(self.handles)
@@ -123,15 +131,19 @@ class Call:
         assert self.compiled is not None
         return self.compiled.storages[number]
 
+    def signs_only(self, number: int) -> bool:
+        """Whether backward needs only the signs of a saved tensor; unknown, so no, until the call has been recorded."""
+        return self.compiled is not None and number in self.compiled.template.signs_only
+
     def _first_pack(self, number: int, tensor: Tensor) -> Any:
         assert self.recorder is not None
         index = self.recorder.packed(tensor)
         template = self.recorder.template
-        if index < 0 or template.kinds[template.saved[index]] is not Kind.MADE:
-            return Kept(tensor, self.where)
-        # What the action does to save it is not the block's doing.
+        # What is done to save it is not the block's doing.
         self.recorder.paused = True
         try:
+            if index < 0 or template.kinds[template.saved[index]] is not Kind.MADE:
+                return Kept(tensor, self.where)
             return self.policy.saver(index).save(self, number, tensor)
         finally:
             self.recorder.paused = False
@@ -154,6 +166,10 @@ class Call:
                 if n < len(handles) and isinstance(handles[n], (Kept, Piece))
             }
             sessions.origin.left()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything. Autograd holds the pack hook, and so this call, as long as what it saved."""
         self.handles, self.stored, self.sessions, self.recorder = [], {}, None, None
 
 
@@ -169,7 +185,8 @@ def unpack(handle: Any) -> Tensor:
             f"block {where} runs under a memopt plan, which cannot be differentiated twice (create_graph=True): take "
             "the plan off with handle.remove() before the forward of such a step"
         )
-    found: Tensor = handle.unpack()
+    with restoring():
+        found: Tensor = handle.unpack()
     return found
 
 

@@ -34,7 +34,9 @@ class Kept:
     __slots__ = ("__weakref__", "tensor", "version", "where")
 
     def __init__(self, tensor: Tensor, where: str) -> None:
-        self.tensor, self.version, self.where = tensor, tensor._version, where
+        # An operation's own output leads to the operation, which holds this: a cycle that nothing would ever free.
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version, self.where = tensor._version, where
 
     def unpack(self) -> Tensor:
         """The tensor, unless it has been overwritten."""

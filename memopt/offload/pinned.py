@@ -68,9 +68,9 @@ class PinnedPool:
             buffer = torch.empty(length, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             raise SwapError(
-                f"swap tier host: the system did not pin {length} bytes of host memory ({self.pinned_bytes} are "
-                "pinned): this is host memory, not the GPU's; raise the limit of locked memory (ulimit -l, or the memory "
-                "of the virtual machine), set swap_limit_bytes, or use the disk tier"
+                f"swap tier host: the system did not pin {length} bytes of host memory ({self.pinned_bytes} "
+                "are pinned): this is host memory, not the GPU's; raise the limit of locked memory (ulimit -l, or the "
+                "memory of the virtual machine), set swap_limit_bytes, or use the disk tier"
             ) from error
         self.pinned_bytes += length
         return buffer

@@ -75,7 +75,7 @@ class PlannedForward:
             origin.states = random_states(origin.generators)
         if compiled.needs.copies:
             self._copy(origin, compiled)
-        with saved_tensors_hooks(call.pack, unpack):
+        with call, saved_tensors_hooks(call.pack, unpack):
             output = self.own(*args, **kwargs)
         if len(call.handles) != len(compiled.storages):
             # It did something else than when it was recorded (a branch, a frozen parameter): look again next time.
@@ -95,11 +95,12 @@ class PlannedForward:
         origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
         call = Call(origin, used, None)
         recorder = call.recorder = Recorder(self._known(origin), keep_copies=used.recomputes)
-        with autocast(origin.autocast), saved_tensors_hooks(call.pack, unpack), recorder:
+        with call, autocast(origin.autocast), saved_tensors_hooks(call.pack, unpack), recorder:
             output = self.own(*args, **kwargs)
         template = recorder.finish()
         try:
-            check_call(plan, template, first is None)
+            with call:
+                check_call(plan, template, first is None)
         except ValueError:
             self.handle.remove()
             raise

@@ -234,7 +234,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         container = type(output) if isinstance(output, (tuple, list)) else None
         self.template.ops.append(
-            OpTemplate(func, shapes, consts, reads, outputs, container, tuple(made), written, random, offset, forced)
+            OpTemplate(
+                func,
+                shapes,
+                consts,
+                reads,
+                outputs,
+                container,
+                tuple(made),
+                written,
+                random,
+                offset,
+                forced,
+                any(tensor.requires_grad for tensor in tensors),
+            )
         )
 
     def _output(self, item: Any, tensors: list[Tensor], reads: tuple[Value, ...]) -> Output:

@@ -207,9 +207,8 @@ class Sessions:
         args, kwargs = self._arguments(replayer)
         with attributes_restored(origin.block, origin.training), autocast(origin.autocast), torch.enable_grad():
             self._swap_buffers(replayer)
-            with replayer, saved_tensors_hooks(replayer.pack, _never):
-                with contextlib.suppress(Reached):
-                    origin.forward(*args, **kwargs)
+            with replayer, saved_tensors_hooks(replayer.pack, _never), contextlib.suppress(Reached):
+                origin.forward(*args, **kwargs)
         return replayer.eager
 
     def _outside(self) -> list[Tensor]:

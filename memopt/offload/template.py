@@ -6,6 +6,7 @@ A *value* is a storage at one write version. All numbers below count within the 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -76,6 +77,7 @@ class OpTemplate:
     random: bool
     rng_offset: int
     forced: bool
+    graded: bool
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,19 @@ class Template:
                 if version == 0:
                     found[storage] = (number, place)
         return found
+
+    @cached_property
+    def signs_only(self) -> frozenset[int]:
+        """Saved tensors of which backward needs the signs only: a ReLU's output that nothing else saves."""
+        makers = {value: op for op in self.ops for value in op.made}
+        packs = Counter(pack.value[0] for pack in self.packs)
+        found = set()
+        for number, pack in enumerate(self.packs):
+            op = makers.get(pack.value)
+            # A ReLU of something that requires gradients saves its own output: the one pack there is.
+            if op and op.graded and packs[pack.value[0]] == 1 and op.func._schema.name in ("aten::relu", "aten::relu_"):
+                found.add(number)
+        return frozenset(found)
 
     @cached_property
     def mutated_outside(self) -> list[int]:

@@ -115,6 +115,54 @@ class Case:
     autocast: torch.dtype | None = None
 
 
+class Llama(nn.Module):
+    """Two Llama layers of transformers, with grouped-query attention and attention dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=17,
+            hidden_size=16,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_dropout=0.1,
+            use_cache=False,
+        )
+        self.model = LlamaForCausalLM(config).train()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, labels=tokens).loss
+
+
+class T5(nn.Module):
+    """An encoder and a decoder of two T5 blocks each, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(
+            vocab_size=17,
+            d_model=16,
+            d_kv=4,
+            d_ff=32,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=4,
+            dropout_rate=0.1,
+            decoder_start_token_id=0,
+            use_cache=False,
+        )
+        self.model = T5ForConditionalGeneration(config).train()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, labels=tokens[:, :9].contiguous()).loss
+
+
 def _tokens(g: torch.Generator, high: int = 17, shape: tuple[int, int] = (3, 16)) -> Tensor:
     return torch.randint(high, shape, generator=g)
 
@@ -130,6 +178,17 @@ CASES = {
         ("blocks.0", "blocks.1", "blocks.2"),
     ),
     "views": Case(Views, lambda g: (_tokens(g, 11, (5, 7)),), ("blocks.0", "blocks.1", "blocks.2")),
+    "llama-autocast": Case(
+        Llama,
+        lambda g: (_tokens(g, shape=(2, 12)),),
+        ("model.model.layers.0", "model.model.layers.1"),
+        autocast=torch.bfloat16,
+    ),
+    "t5": Case(
+        T5,
+        lambda g: (_tokens(g, shape=(2, 12)),),
+        ("model.encoder.block.0", "model.encoder.block.1", "model.decoder.block.0", "model.decoder.block.1"),
+    ),
     "twice": Case(Twice, lambda g: (torch.randn(4, 3, 8, 8, generator=g),), ("block",), calls=3),
 }
 

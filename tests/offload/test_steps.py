@@ -275,3 +275,17 @@ def test_double_backward_is_refused_by_name() -> None:
         loss = step_loss(case, model, data[0])
         with pytest.raises(RuntimeError, match=r"'blocks.2'.*cannot be differentiated twice.*handle.remove"):
             torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+def test_a_graph_that_never_runs_backward_is_freed() -> None:
+    """A saved output leads to the operation that saved it; holding it as it is would be a cycle through C++."""
+    case, model, _, data, found = _setup("gpt")
+    seen: list[weakref.ref] = []
+    model.blocks[1].attention.register_forward_hook(lambda m, args, out: seen.append(weakref.ref(out)))
+    for action in EXACT:
+        with apply(model, make_plan(case, mixture(found, 1, (Action.SWAP, action)), "disk")) as handle:
+            for batch in data[:2]:
+                step_loss(case, model, batch)
+                gc.collect()
+                assert all(ref() is None for ref in seen)
+                assert handle.tier.held_bytes == 0
