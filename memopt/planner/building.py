@@ -11,7 +11,7 @@ from memopt.planner.actions import Site, choices_at
 from memopt.planner.early import early_returns
 from memopt.planner.positions import positions
 from memopt.planner.problem import BlockItems, Item, Milestone, Moments, Problem, Rates, Resource, held_at
-from memopt.planner.replaying import Replay, replays
+from memopt.planner.replaying import Replay, is_steady, replays
 from memopt.planner.values import Action, Block, Category, SavedStorage, Storage, Trace
 
 
@@ -74,7 +74,8 @@ class Builder:
     def block(self, position: int) -> BlockItems:
         """The items of one block call."""
         block = self.trace.blocks[position]
-        movable = [saved for saved in block.saved if self._is_movable(block, saved)]
+        steady = is_steady(self.trace, block)
+        movable = [saved for saved in block.saved if steady and self._is_movable(block, saved)]
         found = replays(self.trace, block, self.births)
         shared = self._shared(movable, found)
         pins = self._pins(block, movable)

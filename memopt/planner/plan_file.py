@@ -128,15 +128,13 @@ class Plan:
         for what, ours, theirs in (("model", self.model, trace.model), ("dtype", self.dtype, trace.dtype)):
             if ours != theirs:
                 raise ValueError(f"the plan was made for {what} {ours}, the trace is of {what} {theirs}: plan again")
-        if len(self.blocks) != len(trace.blocks):
-            raise ValueError(
-                f"the plan was made for {len(self.blocks)} block calls, the trace has {len(trace.blocks)}: plan again"
-            )
-        for mine, block in zip(self.blocks, trace.blocks, strict=True):
-            if (mine.path, mine.call, mine.signature) != (block.path, block.call, block.signature):
+        theirs_by_call = {(block.path, block.call): block.signature for block in trace.blocks}
+        for mine in self.blocks:
+            found = theirs_by_call.get((mine.path, mine.call), "missing")
+            if found != mine.signature:
                 raise ValueError(
-                    f"block {block.path} (call {block.call}) is not the block {mine.path} (call {mine.call}) "
-                    "that the plan was made for: its operations or shapes differ; plan again"
+                    f"block {mine.path} (call {mine.call}) of the plan has signature {mine.signature}, in the trace it "
+                    f"is {found}: its operations or shapes differ; plan again"
                 )
         raise ValueError("the plan was made for another step of this model (optimizer, loss or shapes): plan again")
 

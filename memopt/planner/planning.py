@@ -13,6 +13,7 @@ from memopt.planner.policy import Solution, SolverError, smallest_peak, solve
 from memopt.planner.policy.solving import GAP
 from memopt.planner.problem import Problem, Rates
 from memopt.planner.rates import HardwareLike, rates_of
+from memopt.planner.replaying import is_steady
 from memopt.planner.simulating import Simulation, simulate
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
 from memopt.planner.validating import validate
@@ -121,12 +122,14 @@ class _Planner:
 
     def left(self) -> float:
         """Seconds that the next solve may take."""
-        return max(2.0, self.deadline - time.monotonic())
+        return max(0.5, self.deadline - time.monotonic())
 
     def block_plans(self, chosen: dict[tuple[int, int], tuple[Action, str | None]]) -> tuple[BlockPlan, ...]:
-        """Plans for every block call; storages that were not decided about are kept."""
+        """Plans for every block call that saves the same in every step; what was not decided about is kept."""
         plans = []
         for n, block in enumerate(self.trace.blocks):
+            if not is_steady(self.trace, block):
+                continue
             fates = []
             for saved in block.saved:
                 action, format = chosen.get((n, saved.index), (Action.KEEP, None))

@@ -98,7 +98,8 @@ class ReplayModel:
                 if self.loadable(value):
                     load(value[0])
             made = [s for s, _ in self.makes[index]]
-            run(self.ops[index], [s for s in made if not any(held == s for held, _ in self.there)])
+            before = {s for s, version in self.makes[index] if (s, version - 1) in self.there}
+            run(self.ops[index], [s for s in made if s not in before])
             self.there.update(self.makes[index])
             for s, version in self.makes[index]:
                 self.there.discard((s, version - 1))

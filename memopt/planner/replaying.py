@@ -14,6 +14,15 @@ from dataclasses import dataclass
 
 from memopt.planner.values import Block, Op, Trace
 
+# Operations whose outputs' shapes depend on values: what a block with one of them saves differs from step to step.
+_DATA_DEPENDENT = frozenset({"nonzero", "nonzero_numpy", "masked_select", "unique", "_unique2", "unique_consecutive"})
+
+
+def is_steady(trace: Trace, block: Block) -> bool:
+    """Whether a block call saves the same storages in every step, so that a plan can speak of them."""
+    names = (op.name.removeprefix("aten.").split(".")[0] for op in trace.ops[block.forward[0] : block.forward[1]])
+    return _DATA_DEPENDENT.isdisjoint(names)
+
 
 @dataclass(frozen=True)
 class Replay:

@@ -29,9 +29,9 @@ class Validation:
 def validate(trace: Trace, plan: Plan, rates: Rates) -> Validation:
     """Simulate a plan on its trace and check every promise it makes.
 
-    Rules: made for this trace; every block call planned once; every saved storage has one fate (or shares of its rows
-    that add up to 1); sizes as traced; nothing recomputed that no operation of the block writes; swapped bytes within
-    the tier's room; the peak within the budget, and as promised.
+    Rules: made for this trace; no block call planned twice (one without a plan is kept); every saved storage has one
+    fate, or shares of its rows that add up to 1; sizes as traced; nothing recomputed that no operation of the block
+    writes; swapped bytes within the tier's room; the peak within the budget, and as promised.
 
     Args:
         trace: the step the plan was made for.
@@ -83,7 +83,4 @@ def _broken_shape(trace: Trace, plans: tuple[BlockPlan, ...]) -> str | None:
         for index in sizes:
             if abs(shares[index] - 1) > 1e-9:
                 return f"{name}: the fates of saved storage {index} cover {shares[index]:.6g} of it, not all of it once"
-    missing = [key for key in blocks if key not in seen]
-    if missing:
-        return f"block {missing[0][0]} (call {missing[0][1]}) is not planned"
     return None

@@ -75,10 +75,10 @@ def test_a_plan_for_something_else_is_refused_with_what_differs(made: Plan) -> N
         made.check_model(replace(other, model="other"))
     with pytest.raises(ValueError, match="dtype float32, the trace is of dtype bfloat16"):
         made.check_model(replace(other, dtype="bfloat16"))
-    with pytest.raises(ValueError, match="2 block calls, the trace has 3"):
-        made.check_model(transformer(3))
+    with pytest.raises(ValueError, match=r"block blocks\.1 \(call 0\) of the plan .* in the trace it is missing"):
+        made.check_model(transformer(1))
     changed = replace(other.blocks[1], signature="else")
-    with pytest.raises(ValueError, match=r"block blocks\.1 \(call 0\) is not the block"):
+    with pytest.raises(ValueError, match=r"block blocks\.1 .* in the trace it is else"):
         made.check_model(replace(other, blocks=(other.blocks[0], changed)))
     with pytest.raises(ValueError, match="another step"):
         made.check_model(transformer(2, logits=9))
