@@ -36,8 +36,8 @@ Recompute
     r, not all at once. A value made by such an operation is held while an operation of the union that has not run yet
     reads it, or while it is itself a recomputed storage with tensors not yet unpacked; then it is freed, also in the
     middle of a cone. Outputs of an operation that nobody needs die when it returns. An operation in place takes over
-    the buffer of the value before it when nobody else needs that one, and works on a copy otherwise. A cone ends at kept
-    and swapped storages, parameters, buffers and block inputs, never at compressed storages, which are recomputed where
+    the buffer of the value before it when nobody else needs that one, and works on a copy otherwise. A cone ends at
+    kept and swapped storages, parameters, buffers and block inputs, never at compressed storages, which are recomputed where
     a cone needs them.
     r is freed when its last tensor has been unpacked and that operation is done.
     Random operations in a cone draw what they drew in forward. On the CPU a random operation that is not in the cone
