@@ -6,6 +6,7 @@ wants to see the real run.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +26,15 @@ def eager_paths() -> Iterator[None]:
         yield
     finally:
         module.is_fake_tensor = asked
+
+
+@contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Inside, fake tensors do not log an operation that fails; the trace reports it itself or goes on."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -11,6 +11,7 @@ booleans, except that everything is taken to be true of ``all``, and a mask sele
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,11 +39,16 @@ _GROUPED = _aten._grouped_mm.default
 
 
 class Guesses(TorchDispatchMode):
-    """Answers the questions that fake tensors cannot; to be active right above the fake mode."""
+    """Answers the questions that fake tensors cannot; to be active right above the fake mode.
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    Args:
+        mode: the fake mode.
+        fake: from a real tensor to the fake one that stands for it, where the model writes to a real one.
+    """
+
+    def __init__(self, mode: FakeTensorMode, fake: Callable[[Tensor], Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._mode = mode
+        self._mode, self._fake = mode, fake
         self._shadows = WeakIdKeyDictionary()
 
     def remember(self, fake: Any, real: Any) -> None:
@@ -53,6 +59,8 @@ class Guesses(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            args, kwargs = tree_map(self._without_real, (args, kwargs))
         shadow = self._on_shadows(func, args, kwargs)
         try:
             output = self._grouped(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
@@ -67,6 +75,9 @@ class Guesses(TorchDispatchMode):
             with _disable_current_modes():
                 self._shadows[output] = torch.ones(output.shape, dtype=torch.bool)
         return output
+
+    def _without_real(self, value: Any) -> Any:
+        return self._fake(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
 
     def _keep(self, fake: Any, real: Any) -> None:
         if isinstance(fake, Tensor) and isinstance(real, Tensor):
@@ -121,17 +132,24 @@ class Guesses(TorchDispatchMode):
         if func is _aten.index.Tensor:
             return func(args[0], [part for index in args[1] for part in self._positions(index)])
         if func is _aten.masked_select.default:
-            rows = self._positions(args[1])
-            return args[0].expand(args[1].shape)[tuple(rows)]
+            values, mask = args
+            both = torch.broadcast_tensors(values, mask)  # type: ignore[no-untyped-call]
+            repeats = both[0].numel() // max(1, mask.numel())
+            return self._mode_empty((self._count(mask) * repeats,), values.dtype, values)
         raise DynamicOutputShapeException(func)
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
         """An index tensor as integer indices: a mask becomes one tensor of positions for each of its dimensions."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
-        shadow = self._value(index)
-        count = index.numel() if shadow is None else int(shadow.count_nonzero())
+        count = self._count(index)
         return [self._mode_empty((count,), torch.int64, index) for _ in range(index.dim())]
+
+    def _count(self, mask: Tensor) -> int:
+        """How many elements a mask selects; all of them where that cannot be known."""
+        shadow = self._value(mask)
+        with _disable_current_modes():
+            return mask.numel() if shadow is None else int(shadow.count_nonzero())
 
     def _grouped(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **others: Any) -> Tensor:
         """The result of ``_grouped_mm``, whose own fake version takes bfloat16 alone."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from memopt.planner.assembling import assemble
 from memopt.planner.cuda_rules import CudaRules, workspace_bytes
-from memopt.planner.eager import eager_paths
+from memopt.planner.eager import eager_paths, quiet_fakes
 from memopt.planner.faking import Faker, faked
 from memopt.planner.guessing import Guesses
 from memopt.planner.losses import LossFn, TraceError, find_loss
@@ -69,7 +70,7 @@ def trace(
         optimizer = NamedOptimizer([p for p in model.parameters() if p.requires_grad], optimizer)
     step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
     try:
-        with torch.enable_grad(), eager_paths(), faked(model, faker):
+        with torch.enable_grad(), eager_paths(), quiet_fakes(), faked(model, faker):
             _run(model, faker, recorder, step, rules)
     except TraceError:
         raise
@@ -94,6 +95,9 @@ def _check(model: Any, inputs: Any, accumulate: int, device: str | None) -> None
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(inputs, (tuple, list, Mapping, Tensor)):
         raise TypeError(f"inputs must be a tuple, a dict or a tensor, not {type(inputs).__name__}")
+    lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
+    if lazy:
+        raise TraceError(f"parameter {lazy[0]!r} has no shape yet (a lazy module): run the model's forward once first")
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     if device not in (None, "cpu", "cuda"):
@@ -112,7 +116,7 @@ def _run(model: nn.Module, faker: Faker, recorder: Recorder, step: Step, rules: 
         autocast = torch.get_autocast_dtype(device)
     given = _arguments(step.inputs)
     positional, named = faker.value(given)
-    guesses = Guesses(faker.mode)
+    guesses = Guesses(faker.mode, faker.tensor)
     guesses.remember((positional, named), given)
     with torch.autocast(device, enabled=False), faker.mode, guesses:
         twin = None if step.optimizer is None else settled_twin(faker, step.optimizer, recorder.device == "cuda")

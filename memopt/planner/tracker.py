@@ -47,6 +47,7 @@ _LOSS_OPERATIONS = frozenset(
         "aten::binary_cross_entropy_with_logits",
     }
 )
+_NO_STORAGE = (NotImplementedError, RuntimeError, ValueError)  # sparse, functional and uninitialised tensors
 _DEVICE = torch.ops.prim.device.default
 _OWN = "memopt"
 _LOSS_WORDS = ("cross_entropy", "contrastive", "logit", "softmax_gradient", "column_statistics", "pair_gradient")
@@ -188,7 +189,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse and functional tensors have none
+        except _NO_STORAGE:
             return None
         key = storage._cdata
         record = self._live.get(key)
@@ -314,5 +315,5 @@ def _existing_storages() -> Iterator[Any]:
         if issubclass(type(thing), Tensor) and not issubclass(type(thing), FakeTensor):
             try:
                 yield thing.untyped_storage()
-            except (NotImplementedError, RuntimeError):
+            except _NO_STORAGE:
                 continue

@@ -123,3 +123,14 @@ def test_arguments_of_other_types(arguments: tuple[Any, Any], message: str) -> N
 def test_accumulate_must_be_positive() -> None:
     with pytest.raises(ValueError, match="accumulate"):
         trace(nn.Linear(1, 1), torch.ones(1, 1), accumulate=0)
+
+
+def test_a_lazy_module_is_named() -> None:
+    with pytest.raises(TraceError, match=r"'0\.weight' has no shape yet"):
+        trace(nn.Sequential(nn.LazyLinear(4)), torch.ones(1, 4))
+
+
+def test_a_failing_trace_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TraceError):
+        trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4)), torch.ones(2, 4))
+    assert capfd.readouterr() == ("", "")
