@@ -93,7 +93,8 @@ def simulate(trace: Trace, plans: Iterable[BlockPlan], rates: Rates) -> Simulati
     Returns:
         The simulation; ``broken`` says, where something cannot be carried out, what.
     """
-    return _Player(trace, list(plans), rates).play()
+    player = _Player(trace, list(plans), rates)
+    return player.found if player.found.broken else player.play()
 
 
 class _Player:

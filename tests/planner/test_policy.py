@@ -1,0 +1,145 @@
+"""The policy program: solver faults, nonsense answers, baselines, sweeps, identical blocks."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pulp
+import pytest
+
+from memopt.planner import Action, SolverError, Status, plan
+from memopt.planner.baselines import BASELINES, baseline
+from memopt.planner.baselines.memo import alpha
+from memopt.planner.building import build
+from memopt.planner.policy import smallest_peak, solve
+from memopt.planner.problem import Rates
+from memopt.planner.simulating import simulate
+from tests.planner.toy import CPU, GPU, transformer
+
+EXACT = (Action.SWAP, Action.RECOMPUTE)
+
+
+@pytest.mark.parametrize("rates", [CPU, GPU], ids=lambda r: r.name)
+def test_twenty_budgets_are_never_exceeded_and_more_is_never_slower(rates: Rates) -> None:
+    trace = transformer(4, unit=10**5, flops=10**8)
+    smallest = plan(trace, int(trace.peak_bytes * 0.4), rates).peak_bytes
+    seconds = []
+    for n in range(20):
+        budget = smallest + (trace.peak_bytes - smallest) * n // 19
+        found = plan(trace, budget, rates)
+        assert found.status is not Status.INFEASIBLE
+        assert found.peak_bytes <= budget
+        seconds.append(found.step_seconds)
+    slack = 1e-3 * seconds[-1]
+    assert all(tighter >= looser - slack for tighter, looser in pairwise(seconds))
+
+
+@pytest.mark.parametrize("rates", [CPU, GPU], ids=lambda r: r.name)
+@pytest.mark.parametrize("name", BASELINES)
+def test_no_baseline_is_faster_at_its_own_peak(name: str, rates: Rates) -> None:
+    trace = transformer(5, unit=10**5, flops=10**8)
+    _, theirs = baseline(name, trace, int(trace.peak_bytes * 0.7), rates)
+    assert theirs.broken is None
+    ours = plan(trace, theirs.peak_bytes, rates)
+    assert ours.peak_bytes <= theirs.peak_bytes
+    assert ours.step_seconds <= theirs.step_seconds * (1 + 1e-9)
+
+
+def test_unknown_baselines_name_the_choices() -> None:
+    with pytest.raises(ValueError, match="'magic' is unknown; choose memo, protrain, recompute_everything"):
+        baseline("magic", transformer(2), "1GiB", CPU)
+
+
+def test_memos_alpha_is_the_smaller_of_link_and_host() -> None:
+    trace = transformer(6, unit=1000, flops=10**6)
+    block = trace.blocks[0]
+    compute = sum(
+        GPU.seconds(op.flops, op.bytes_read + op.bytes_written) for op in trace.ops[block.forward[0] : block.forward[1]]
+    )
+    slow = Rates("slow", 1e12, 1e11, 7000 / compute, 7000 / compute, 10**12, "host", overlap=True)
+    assert alpha(trace, slow) == pytest.approx(7000 / 15000)
+    assert alpha(trace, GPU) == 1.0
+    small = Rates("small", 1e12, 1e11, 1e12, 1e12, 4 * 3000, "host", overlap=True)
+    assert alpha(trace, small) == pytest.approx(3000 / 15000)
+
+
+def test_the_program_counts_what_the_simulation_counts() -> None:
+    trace = transformer(4, unit=1000)
+    problem = build(trace, CPU, EXACT)
+    peak, solution = smallest_peak(problem)
+    assert solution.status is not Status.INFEASIBLE
+    within = solve(problem.within(peak))
+    assert within.status is not Status.INFEASIBLE
+    assert peak <= trace.peak_bytes
+    assert solve(problem.within(peak // 2)).status is Status.INFEASIBLE
+
+
+def test_eighty_layers_are_solved_quickly() -> None:
+    trace = transformer(80, unit=10**6, flops=10**9)
+    problem = build(trace, GPU, EXACT)
+    began = time.process_time()
+    solution = solve(problem.within(int(trace.peak_bytes * 0.5)), time_limit=15)
+    assert solution.status is not Status.INFEASIBLE
+    assert time.process_time() - began < 15
+
+
+def test_a_missing_solver_is_named() -> None:
+    trace = transformer(3)
+    budget = int(trace.peak_bytes * 0.8)
+    with pytest.raises(SolverError, match="solver 'abacus' is not known"):
+        plan(trace, budget, CPU, solver="abacus")
+    with pytest.raises(SolverError, match="'gurobi' cannot be run here: install it, or take solver='cbc'"):
+        plan(trace, budget, CPU, solver="gurobi")
+
+
+def broken_solver(tmp_path: Path, script: str) -> Any:
+    path = tmp_path / "cbc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("script", ["exit 9", "kill -SEGV $$", "echo nonsense; exit 0"])
+def test_a_solver_that_crashes_or_says_nothing_is_an_error_not_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", broken_solver(tmp_path, script))
+    trace = transformer(3)
+    with pytest.raises(SolverError, match="cbc"):
+        plan(trace, int(trace.peak_bytes * 0.8), CPU)
+
+
+def test_nonsense_answers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(self: Any, lp: Any, **_: Any) -> int:
+        for variable in lp.variables():
+            variable.varValue, variable.dj = 0.37, 0.0
+        lp.assignStatus(pulp.LpStatusOptimal, pulp.LpSolutionOptimal)
+        return int(pulp.LpStatusOptimal)
+
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "actualSolve", answer)
+    trace = transformer(3)
+    with pytest.raises(SolverError, match="answered no integers"):
+        plan(trace, int(trace.peak_bytes * 0.8), CPU)
+
+
+def test_a_policy_that_overshoots_is_caught_by_the_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(self: Any, lp: Any, **_: Any) -> int:
+        for variable in lp.variables():
+            variable.varValue, variable.dj = 0.0, 0.0
+        problem = build(trace, CPU, EXACT)
+        kept = {f"x{item.choices[0].variable}" for block in problem.blocks for item in block.items}
+        for variable in lp.variables():
+            variable.varValue = 1.0 if variable.name in kept else 0.0
+        lp.assignStatus(pulp.LpStatusOptimal, pulp.LpSolutionOptimal)
+        return int(pulp.LpStatusOptimal)
+
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "actualSolve", keep)
+    trace = transformer(3)
+    budget = int(trace.peak_bytes * 0.8)
+    assert simulate(trace, (), CPU).peak_bytes > budget
+    found = plan(trace, budget, CPU)
+    assert found.status is Status.INFEASIBLE
+    assert found.peak_bytes > budget
