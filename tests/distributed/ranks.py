@@ -88,12 +88,16 @@ def _stop() -> None:
 atexit.register(_stop)
 
 
-def run_ranks(work: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, fresh: bool = False) -> list[Any]:
     """What ``work(rank, *args)`` returned on each of ``world_size`` ranks.
+
+    ``fresh`` takes new processes and ends them afterwards, for libraries that keep process groups for good.
 
     Raises:
         RuntimeError: a rank failed; the message holds the traceback of every rank that did.
     """
+    if fresh:
+        _stop()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _start(world_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +110,8 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any) -> list[Any
                 answers.append(_load(_ranks[rank][1].recv_bytes()))
             except EOFError:
                 answers.append((False, f"the process died with exit code {_ranks[rank][0].exitcode}"))
+    if fresh:
+        _stop()
     failures = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
     if failures:
         if any(not process.is_alive() for process, _ in _ranks):
