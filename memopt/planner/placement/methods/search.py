@@ -1,6 +1,6 @@
 """Randomised restarts of the skyline search, and the smallest capacity that they can reach.
 
-Attempts follow the Luby sequence times 400 steps, each with freshly drawn score weights, so that no single weighting
+Attempts follow the Luby sequence times four steps a buffer (at least 400), each with freshly drawn score weights, so that no single weighting
 has to suit every instance; counts of failed bounds carry over from attempt to attempt and fade. Everything is drawn
 from one seeded generator, so a seed fixes the result as long as the node limit, not the clock, ends the search.
 """
@@ -16,6 +16,7 @@ from memopt.planner.placement.skyline import Attempt, Score, Verdict, log2_fixed
 from memopt.planner.placement.task import Method, Task
 
 _BASE_NODES = 400
+_NODES_PER_BUFFER = 4
 _LARGEST = 6000  # buffers; the neighbour lists grow with the square
 _PRECISION = 1000  # bisection stops when the open range is below 1/1000 of the peak
 _BISECTION_SHARE = 8  # each capacity above the goal gets 1/8 of the goal's nodes
@@ -30,6 +31,7 @@ def search(part: Part, capacity: int, seed: int, node_limit: int, seconds: float
     attempt = attempt_for(part, capacity)
     draw = random.Random(seed)
     failures = [0] * part.sections
+    base = max(_BASE_NODES, _NODES_PER_BUFFER * len(part))
     nodes = 0
     for turn in range(1, node_limit + 2):
         if nodes >= node_limit:
@@ -37,7 +39,7 @@ def search(part: Part, capacity: int, seed: int, node_limit: int, seconds: float
         left = deadline - time.monotonic()
         if left <= 0:
             return Attempt(Verdict.OUT_OF_TIME, nodes, ())
-        allowed = min(_BASE_NODES * luby(turn), node_limit - nodes)
+        allowed = min(base * luby(turn), node_limit - nodes)
         result = attempt(part, capacity, draw_score(part, draw), failures, allowed, left)
         nodes += result.nodes
         if result.verdict is not Verdict.OUT_OF_NODES:
