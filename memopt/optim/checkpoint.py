@@ -125,7 +125,7 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
         kept_by, extent = slot.kept(spec)
         plain = stored.get(spec.name)
         if isinstance(plain, Tensor):
-            value = sharding.local_of(plain)
+            value = sharding.kept_of(plain, slot.param)
             _expect(spec.name, value, extent.local, None)
             slot.write(spec, torch.empty_like(slot.blank(spec), dtype=torch.float32).copy_(value))
             taken.add(spec.name)
@@ -135,7 +135,7 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
             found, target = stored.get(key), slot.held[key]
             if not isinstance(found, Tensor):
                 raise ValueError(f"it has no {key}")
-            value = sharding.local_of(found)
+            value = sharding.kept_of(found, slot.param)
             _expect(key, value, tuple(target.shape), target.dtype)
             target.copy_(value)
             taken.add(key)

@@ -114,6 +114,11 @@ def gather(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor).full_tensor()).detach().clone()
 
 
+def kept_of(saved: Tensor, param: Tensor) -> Tensor:
+    """Of a saved state what is kept here for ``param``: the part of a sharded one, the whole for an ordinary one."""
+    return gather(saved) if is_sharded(saved) and not is_sharded(param) else local_of(saved)
+
+
 def gather_like(part: Tensor, param: Tensor) -> Tensor:
     """The whole of something that every rank has for its part of ``param``, in the same shape; one all-gather."""
     if not is_sharded(param):

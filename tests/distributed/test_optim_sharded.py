@@ -228,3 +228,20 @@ def kinds(rank: int, state: str, sharded: bool) -> dict[str, list[str]]:
 def test_precision_follows_the_whole_parameter(state: str) -> None:
     """A rank that holds few elements of a large parameter, or none, keeps them as the others do."""
     assert run_ranks(kinds, 3, state, True) == [kinds(0, state, False)] * 3
+
+
+def from_torch(rank: int, sharded: bool) -> dict[str, Tensor]:
+    """Two steps of torch's AdamW, then its states in 8 bits and two steps more."""
+    model, _ = build("AdamW", torch.float32, {}, sharded, shapes())
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+    advance(model, plain, range(2))
+    optimizer = memopt.optim.AdamW8bit(model.parameters(), lr=1e-2)
+    optimizer.load_state_dict(plain.state_dict())
+    return advance(model, optimizer, range(2, 4))
+
+
+def test_sharded_states_of_torch_are_taken_over() -> None:
+    expected = from_torch(0, False)
+    for got in run_ranks(from_torch, 2, True):
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
