@@ -69,8 +69,8 @@ def train(
     bar = progress.add_task(name, total=options.steps)
     run, meter, losses, seconds = Run(), None, [], []
 
-    def step() -> float:
-        loss = model(*next(data))
+    def step(inputs: tuple[Tensor, Tensor]) -> float:
+        loss = model(*inputs)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -78,14 +78,15 @@ def train(
         return loss.item()
 
     for index in range(options.steps):
+        inputs = next(data)
         if index < METERED_STEPS:
             with memopt.meter(model, optimizer) as meter:
-                losses.append(step())
+                losses.append(step(inputs))
             if meter.peak_bytes > run.peak_bytes:
                 run.peak_bytes, run.peak_by_category = meter.peak_bytes, dict(meter.by_category)
         else:
             began = time.perf_counter()
-            losses.append(step())
+            losses.append(step(inputs))
             seconds.append(time.perf_counter() - began)
         progress.update(bar, advance=1, description=f"{name}  loss {losses[-1]:.3f}")
     tail = max(1, options.steps // 8)
