@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from memopt.planner.records import tensors_in
 
+_RUNTIME = "memopt.offload"
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -93,6 +94,9 @@ def faked(model: nn.Module, faker: Faker) -> Iterator[None]:
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     try:
         for module, members in zip(modules, attributes, strict=True):
+            planned: Any = members.get("forward")
+            if type(planned).__module__.startswith(_RUNTIME):  # a plan is applied: trace the block without it
+                module.__dict__["forward"] = planned.own
             for name in ("_parameters", "_buffers"):
                 table = module.__dict__[name]
                 for key, tensor in list(table.items()):

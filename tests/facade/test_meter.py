@@ -192,3 +192,16 @@ def test_what_a_runtime_brings_back_is_an_activation() -> None:
         loss.backward()
     back = [sample for sample in m.timeline if sample.phase == "backward"]
     assert max(sample.by_category["activations"] for sample in back) >= 2 * model.head.weight.nbytes
+
+
+def test_a_model_under_a_plan_is_traced_without_it() -> None:
+    model = GPT(layers=4)
+    plain = memopt.trace(model, (TOKENS, TOKENS))
+    plan = memopt.plan(plain, budget=plain.peak_bytes * 3 // 4, hardware="cpu")
+    with memopt.apply(model, plan):
+        assert memopt.trace(model, (TOKENS, TOKENS)).peak_bytes == plain.peak_bytes
+        model(TOKENS, TOKENS).backward()
+        model.zero_grad()
+        with memopt.meter(model) as m:
+            model(TOKENS, TOKENS).backward()
+    assert m.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.01)
