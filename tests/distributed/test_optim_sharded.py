@@ -245,3 +245,31 @@ def test_sharded_states_of_torch_are_taken_over() -> None:
     for got in run_ranks(from_torch, 2, True):
         for name, value in expected.items():
             assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("rule", ["NorMuon", "AdamMini"])
+def test_states_of_rows_and_blocks_are_resharded(rule: str, tmp_path: Path) -> None:
+    """Their small states: one number a row is sharded with the rows, one for the whole is on every rank."""
+    made = (rule, torch.float32, {"state": "8bit"})
+    expected = advance(*build(*made, False, shapes()), range(5))
+    run_ranks(save, 2, str(tmp_path), *made, True, shapes())
+    for got in run_ranks(resume, 3, str(tmp_path), *made, True, shapes()):
+        for name, value in expected.items():
+            error = (got[name] - value).abs().mean() / 1e-2  # in units of the learning rate
+            assert error < 0.05, name
+
+
+def head_blocks(rank: int, sharded: bool) -> dict[str, Tensor]:
+    """Adam-mini with blocks of 4 rows that ranks cut apart."""
+    options = {"state": "fp32", "rows_per_block": 4}
+    return advance(
+        *build("AdamMini", torch.float32, options, sharded, {"queries": (20, 300), "keys": (12, 8)}), range(4)
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_blocks_of_several_rows_may_lie_on_several_ranks(world_size: int) -> None:
+    expected = head_blocks(0, False)
+    for got in run_ranks(head_blocks, world_size, True):
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
