@@ -37,8 +37,8 @@ Recompute
     reads it, or while it is itself a recomputed storage with tensors not yet unpacked; then it is freed, also in the
     middle of a cone. Outputs of an operation that nobody needs die when it returns. An operation in place takes over
     the buffer of the value before it when nobody else needs that one, and works on a copy otherwise. A cone ends at
-    kept and swapped storages, parameters, buffers and block inputs, never at compressed storages, which are recomputed where
-    a cone needs them.
+    kept and swapped storages, parameters, buffers and block inputs, never at compressed storages, which are recomputed
+    where a cone needs them.
     r is freed when its last tensor has been unpacked and that operation is done.
     Random operations in a cone draw what they drew in forward. On the CPU a random operation that is not in the cone
     but precedes one that is runs on a dummy of its operand's bytes, once, and the dummy dies when it returns.
@@ -56,5 +56,22 @@ The first step
 
 from memopt.offload.applying import Handle, apply
 from memopt.offload.errors import PlanMismatchError, ReplayError, SwapError, UnsupportedBlockError
+from memopt.offload.host_optimizer import HostOptimizer
+from memopt.offload.reporting import StepReport
+from memopt.offload.reversible import Reversible
+from memopt.offload.tiling import Tiled, blockwise_attention, tile
 
-__all__ = ["Handle", "PlanMismatchError", "ReplayError", "SwapError", "UnsupportedBlockError", "apply"]
+__all__ = [
+    "Handle",
+    "HostOptimizer",
+    "PlanMismatchError",
+    "ReplayError",
+    "Reversible",
+    "StepReport",
+    "SwapError",
+    "Tiled",
+    "UnsupportedBlockError",
+    "apply",
+    "blockwise_attention",
+    "tile",
+]

@@ -6,12 +6,14 @@ import os
 from typing import Any, Protocol
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from memopt.offload.calls import Policy
 from memopt.offload.checking import check_actions, find_block, missing_fields
 from memopt.offload.errors import PlanMismatchError
 from memopt.offload.planned import PlannedForward
+from memopt.offload.reporting import StepReport, compare
 from memopt.offload.session import Counts
 from memopt.offload.tiers import open_tier
 from memopt.planner.values import BlockPlan
@@ -65,12 +67,46 @@ class Handle:
             _planned.add(planned.block)
         self._step = model.register_forward_pre_hook(self._entered)
         self._removed = False
+        self._steps = 0
+        self._reported = (0, 0.0)
+        self.report: StepReport | None = None
 
     def _entered(self, model: nn.Module, args: Any) -> None:
-        if model is self.model:
+        if model is not self.model:
+            return
+        for planned in self.blocks:
+            planned.calls = 0
+        if torch.is_grad_enabled():
             self.tier.new_step()
-            for planned in self.blocks:
-                planned.calls = 0
+            self._steps += 1
+            if self._steps == 1:
+                self._meter(start=True)
+            elif self._steps == 2 and self.report is None:
+                self.step_report(self._meter(start=False))
+
+    @staticmethod
+    def _meter(start: bool) -> int | None:
+        if not torch.cuda.is_available():
+            return None
+        if start:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+
+    def step_report(self, metered_peak_bytes: int | None = None) -> StepReport:
+        """Compare what has happened since the plan was applied, or since the last report, with one step of the plan.
+
+        Called by itself when the second step begins; what it returned is in ``report``.
+
+        Args:
+            metered_peak_bytes: of the step, from ``memopt.meter`` or the device; without it only copies are compared.
+
+        Warns:
+            UserWarning: the peak or the swapped bytes are off by more than 5 %.
+        """
+        moved, stalled = self.tier.moved_bytes - self._reported[0], self.tier.stall_seconds - self._reported[1]
+        self._reported = (self.tier.moved_bytes, self.tier.stall_seconds)
+        self.report = compare(self.plan, metered_peak_bytes, moved, stalled, self.counts)
+        return self.report
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         """A copy of the model carries the hook along; the hook still belongs to this model and does nothing there."""

@@ -32,8 +32,8 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
         where = f"{path}.{name}".strip(".")
         if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
             raise UnsupportedBlockError(
-                f"block {where!r} is compiled by torch.compile, which decides by itself what to save; apply the plan "
-                "before compiling nothing inside it, or leave it out of the plan"
+                f"block {where!r} is compiled by torch.compile, which decides itself what to save; leave "
+                "it out of the plan"
             )
         if type(module).__module__.startswith("torch.jit"):
             raise UnsupportedBlockError(f"block {where!r} is a TorchScript module, whose code cannot be replayed")
@@ -48,6 +48,11 @@ def check_actions(plan: BlockPlan) -> None:
             raise PlanMismatchError(f"block {plan.path!r}: the plan has an action for saved storage {action.index}")
         if action.index in seen:
             raise PlanMismatchError(f"block {plan.path!r}: the plan has two actions for saved storage {action.index}")
+        if action.fraction != 1.0:
+            raise UnsupportedBlockError(
+                f"block {plan.path!r}: the plan treats a fraction of {action.fraction} of saved storage {action.index}; "
+                "the runtime treats storages whole: plan without fractions, or tile the block (memopt.offload.tile)"
+            )
         seen.add(action.index)
 
 

@@ -63,18 +63,23 @@ class Origin:
         self.states: list[Tensor] | None = None
         self.copies: dict[int, Tensor] = {}
         self.versions: list[int] = []
-        self.parameter_version = 0
+        self.parameter_versions: list[int] = []
 
     def left(self) -> None:
         """Forward is over: from here on the inputs must not change."""
         self.versions = [tensor._version for tensor in self.inputs]
-        self.parameter_version = self._parameters()
+        self.parameter_versions = [parameter._version for parameter in self.parameters]
 
-    def _parameters(self) -> int:
-        return sum([parameter._version for parameter in self.parameters])
+    def overwritten(self) -> set[int]:
+        """The storages of parameters that have been overwritten since forward (an optimizer that steps in backward)."""
+        return {
+            parameter.untyped_storage()._cdata
+            for parameter, version in zip(self.parameters, self.parameter_versions, strict=True)
+            if parameter._version != version
+        }
 
     def check(self) -> None:
-        """Refuse to replay from inputs or parameters that were overwritten since.
+        """Refuse to replay from inputs that were overwritten since.
 
         Raises:
             RuntimeError: as autograd would.
@@ -82,11 +87,6 @@ class Origin:
         for tensor, version in zip(self.inputs, self.versions, strict=True):
             if tensor._version != version:
                 raise changed_in_place(self.where, tensor, version)
-        if self._parameters() != self.parameter_version:
-            raise RuntimeError(
-                f"a parameter of block {self.where} has been modified by an inplace operation between its forward and "
-                "its backward; the plan recomputes values from it"
-            )
 
 
 class Sessions:
@@ -200,6 +200,9 @@ class Sessions:
         assert self.template is not None
         origin, template = self.origin, self.template
         tape = Tape(Draws(origin.generators, origin.states, [op.rng_offset for op in template.ops if op.random]))
+        tape.stale, tape.where = origin.overwritten(), origin.where
+        if eager and tape.stale:
+            raise tape.overwritten()
         replayer = Replayer(
             template, tape, max(self.needs.last_pack, *self._waiting), self._waiting, eager, self._outside
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from memopt.offload.draws import Draws
 from memopt.offload.recording import copy_of_storage
 from memopt.offload.template import Layout
-from memopt.offload.trees import with_operands
+from memopt.offload.trees import operands, with_operands
 
 
 class Chain:
@@ -59,7 +59,7 @@ class Hole:
 class Node:
     """One recorded operation: its arguments with holes, and the values that it makes, fresh or in place."""
 
-    __slots__ = ("args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "reads", "written")
+    __slots__ = ("args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "reads", "real", "written")
 
     def __init__(
         self,
@@ -74,6 +74,8 @@ class Node:
         self.func, self.args, self.kwargs, self.holes = func, args, kwargs, holes
         self.fresh, self.written, self.ordinal = fresh, written, ordinal
         self.done = False
+        # What it reads from outside must not change before it runs.
+        self.real = [(value, value._version) for value in operands(args, kwargs)]
         self.makes: list[Key] = [(chain, 0) for _, chain in fresh] + written
         self.reads: list[Key] = [hole.key for hole in holes]
 
@@ -92,8 +94,17 @@ class Tape:
     def __init__(self, draws: Draws) -> None:
         self.nodes: list[Node] = []
         self.draws = draws
+        self.stale: set[int] = set()
+        self.where = ""
         self._uses: defaultdict[Key, int] = defaultdict(int)
         self._counted = False
+
+    def overwritten(self) -> RuntimeError:
+        """The error for a parameter that does not hold any more what forward read."""
+        return RuntimeError(
+            f"a parameter of block {self.where} has been modified by an inplace operation between its forward and its "
+            "backward; the plan recomputes values from it"
+        )
 
     def add(self, node: Node) -> None:
         """Append an operation that has just been met."""
@@ -170,6 +181,9 @@ class Tape:
     def run(self, number: int) -> Any:
         """Run one operation, whose inputs are there or can be had; returns what the operator returned."""
         node = self.nodes[number]
+        for tensor, version in node.real:
+            if tensor._version != version or (self.stale and tensor.untyped_storage()._cdata in self.stale):
+                raise self.overwritten()
         for key in node.written:
             self._take_over(node, key)
         real = [hole.layout.over(self._input(node, hole.key)) for hole in node.holes]
@@ -213,5 +227,5 @@ class Tape:
             for chain, _ in node.makes:
                 chain.values.clear()
                 chain.loaders.clear()
-            node.args, node.kwargs, node.holes = (), {}, []
+            node.args, node.kwargs, node.holes, node.real = (), {}, [], []
         self.nodes.clear()

@@ -1,0 +1,134 @@
+"""Optimizer states and step on the host, overlapped with backward, as ZeRO-Offload (section 4) does.
+
+Each parameter has a copy on the host with its optimizer state beside it. As soon as its gradient is complete, it is
+copied there, a worker thread steps that one parameter, and the new value is copied back; ``step()`` waits for the last.
+On the device remain parameters and gradients: none of the state's bytes. With parameters on the CPU there is no copy,
+and the parameter itself is stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class HostOptimizer:
+    """Steps every parameter on the host while backward goes on.
+
+    Args:
+        params: the parameters.
+        make: builds an optimizer for a list of parameters, such as ``lambda p: AdamW8bit(p, lr=1e-4)``.
+        overlap: step inside backward. Then the gradient of a step must come from one backward, and cannot be clipped or
+            scaled between backward and step; without it everything happens in ``step()``.
+
+    Raises:
+        ValueError: no parameters.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], make: Callable[[list[nn.Parameter]], Optimizer], *, overlap: bool = True
+    ) -> None:
+        self._params = [parameter for parameter in params if parameter.requires_grad]
+        if not self._params:
+            raise ValueError("params holds no parameter that requires gradients")
+        self._hosts = [_on_host(parameter) for parameter in self._params]
+        self._optimizers = [make([host]) for host in self._hosts]
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memopt-host-step")
+        self._pending: dict[int, Future[None]] = {}
+        self._hooks = []
+        if overlap:
+            for number, parameter in enumerate(self._params):
+                hook = parameter.register_post_accumulate_grad_hook(self._start(number))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parameters' optimizers, for schedulers that set ``lr`` between steps."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def _start(self, number: int) -> Callable[[Tensor], None]:
+        def begin(parameter: Tensor) -> None:
+            self._begin(number)
+
+        return begin
+
+    def _begin(self, number: int) -> None:
+        if number in self._pending:
+            raise RuntimeError(
+                "a second backward reached a parameter before step(); HostOptimizer(overlap=True) steps as soon as a "
+                "gradient arrives: call step() after every backward, or give overlap=False to accumulate gradients"
+            )
+        parameter = self._params[number]
+        gradient = parameter.grad
+        assert gradient is not None
+        # The copy must have the whole gradient: it is complete on the current stream.
+        arrived = None
+        host_gradient = gradient
+        if parameter.device.type != "cpu":
+            host_gradient = torch.empty_like(gradient, device="cpu", pin_memory=True)
+            host_gradient.copy_(gradient, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._pending[number] = self._worker.submit(self._step_one, number, host_gradient, arrived)
+
+    def _step_one(self, number: int, gradient: Tensor, arrived: Any) -> None:
+        if arrived is not None:
+            arrived.synchronize()
+        host = self._hosts[number]
+        host.grad = gradient
+        self._optimizers[number].step()
+        if host is not self._params[number]:
+            host.grad = None
+
+    def step(self) -> None:
+        """Wait until every parameter that has a gradient has been stepped and its new value is back."""
+        for number, parameter in enumerate(self._params):
+            if parameter.grad is not None and number not in self._pending:
+                self._begin(number)
+        pending, self._pending = self._pending, {}
+        for number, future in sorted(pending.items()):
+            future.result()
+            parameter, host = self._params[number], self._hosts[number]
+            if host is not parameter:
+                with torch.no_grad():
+                    parameter.copy_(host, non_blocking=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        for parameter in self._params:
+            parameter.grad = None if set_to_none or parameter.grad is None else parameter.grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every parameter's optimizer state, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: it is for another number of parameters.
+        """
+        if len(state["optimizers"]) != len(self._optimizers):
+            raise ValueError(
+                f"state is for {len(state['optimizers'])} parameters, this optimizer has {len(self._optimizers)}"
+            )
+        for optimizer, one in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(one)
+
+    def close(self) -> None:
+        """Take the hooks off and end the worker. Safe to repeat."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._worker.shutdown()
+
+
+def _on_host(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.device.type == "cpu":
+        return parameter
+    return nn.Parameter(parameter.detach().to("cpu").pin_memory())
