@@ -1,7 +1,9 @@
 """memopt.planner"""
 
 from memopt.planner.devices import Hardware, HardwareError, hardware, hardware_names
+from memopt.planner.fitting import Combination, Fit, fit, largest_that_fits
 from memopt.planner.losses import TraceError
+from memopt.planner.pipeline import ScheduleRow, schedule_table
 from memopt.planner.placement import Buffer, Placement, place
 from memopt.planner.plan_file import Plan, Timeline
 from memopt.planner.planning import plan
@@ -34,7 +36,9 @@ __all__ = [
     "BudgetError",
     "Buffer",
     "Category",
+    "Combination",
     "Degrees",
+    "Fit",
     "FoundModel",
     "Hardware",
     "HardwareError",
@@ -44,6 +48,7 @@ __all__ = [
     "Placement",
     "Plan",
     "SavedStorage",
+    "ScheduleRow",
     "SolverError",
     "Status",
     "Storage",
@@ -55,14 +60,17 @@ __all__ = [
     "block_signature",
     "describe",
     "find_model",
+    "fit",
     "format_bytes",
     "hardware",
     "hardware_names",
+    "largest_that_fits",
     "parse_bytes",
     "place",
     "plan",
     "preset_names",
     "probe",
+    "schedule_table",
     "shard",
     "trace",
     "validate",

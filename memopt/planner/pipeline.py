@@ -16,8 +16,8 @@ bubble is the share of a device's time in which it waits. p stages, m microbatch
 | V-ZB        | p, all ranks                      | 0 in a steady run           | Qi et al. 2024, table 2 |
 | ZeroPP      | min(U, m), all ranks              | (p-1) / (3U+p-1) a unit     | Tang et al. 2024        |
 
-ZeroPP works in units of U = min(m, 2p-1) microbatches. The first five are played by ``pipeline_events``, which agrees with the formulas in the tests. The V schedules
-and ZeroPP are stated as published.
+ZeroPP works in units of U = min(m, 2p-1) microbatches. The first five are played by ``pipeline_events``, which agrees
+with the formulas in the tests. The V schedules and ZeroPP are stated as published.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def plan(
     hardware: HardwareLike = "auto",
     *,
     actions: Iterable[Action | str] = DEFAULT_ACTIONS,
-    time_limit: float = 15.0,
+    time_limit: float = 10.0,
     solver: str = "cbc",
 ) -> Plan:
     """Decide what happens to every saved storage of a traced step, so that the step fits and costs the least seconds.

@@ -1,0 +1,102 @@
+"""What else a training step can do without, as traces derived from its trace: from values to values, no second trace.
+
+Every change is stated with what it does to bytes and seconds. They are estimates of steps that have not been traced; a
+choice made here is traced again before it is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from memopt.planner.problem import Rates
+from memopt.planner.values import Category, Phase, Storage, Trace
+
+LOSS_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of a step: its effect on the trace, the seconds it adds, whether training itself is changed by it."""
+
+    name: str
+    apply: Callable[[Trace], Trace]
+    seconds: Callable[[Trace, Rates], float] = lambda trace, rates: 0.0
+    changes_training: bool = False
+
+
+def _resized(trace: Trace, size: Callable[[Storage], int]) -> Trace:
+    storages = tuple(replace(s, bytes=size(s)) for s in trace.storages)
+    by_id = {s.id: s.bytes for s in storages}
+    blocks = tuple(replace(b, saved=tuple(replace(v, bytes=by_id[v.storage]) for v in b.saved)) for b in trace.blocks)
+    return _with_peak(replace(trace, storages=storages, blocks=blocks))
+
+
+def _with_peak(trace: Trace) -> Trace:
+    change = [0] * (len(trace.ops) + 1)
+    for s in trace.storages:
+        change[min(max(s.birth, 0), len(trace.ops))] += s.bytes
+        change[min(max(s.death, 0), len(trace.ops))] -= s.bytes
+    live = peak = 0
+    for step in change:
+        live += step
+        peak = max(peak, live)
+    return replace(trace, peak_bytes=peak)
+
+
+def state_bits(name: str, share: float) -> Change:
+    """An optimizer state of ``share`` of the traced one's bytes."""
+
+    def apply(trace: Trace) -> Trace:
+        return _resized(trace, lambda s: int(s.bytes * share) if s.category is Category.OPTIMIZER else s.bytes)
+
+    return Change(name, apply)
+
+
+def release_gradients() -> Change:
+    """Every gradient goes when backward has finished with it, because its parameter is updated right then."""
+
+    def apply(trace: Trace) -> Trace:
+        last = {s: op.index + 1 for op in trace.ops if op.phase is Phase.BACKWARD for s in (*op.reads, *op.writes)}
+        storages = tuple(
+            replace(s, death=min(s.death, last.get(s.id, s.death))) if s.category is Category.GRADIENTS else s
+            for s in trace.storages
+        )
+        return _with_peak(replace(trace, storages=storages))
+
+    return Change("gradients released", apply)
+
+
+def chunked_loss() -> Change:
+    """Logits exist one part of the rows at a time, so that 1 / 16 of them is there at once."""
+
+    def apply(trace: Trace) -> Trace:
+        return _resized(trace, lambda s: s.bytes // LOSS_CHUNKS if s.category is Category.LOGITS else s.bytes)
+
+    return Change("chunked loss", apply)
+
+
+def offload_state() -> Change:
+    """The optimizer state waits in host memory and passes through the link once each way in every step."""
+
+    def apply(trace: Trace) -> Trace:
+        return _resized(trace, lambda s: 0 if s.category is Category.OPTIMIZER else s.bytes)
+
+    def seconds(trace: Trace, rates: Rates) -> float:
+        state = sum(s.bytes for s in trace.storages if s.category is Category.OPTIMIZER)
+        if rates.tier == "none" or state > rates.host_bytes:
+            return float("inf")
+        return state / rates.swap_out_bytes_per_second + state / rates.swap_in_bytes_per_second
+
+    return Change("optimizer state in host memory", apply, seconds)
+
+
+def one_block_at_a_time() -> Change:
+    """Block-coordinate coverage: only one block's parameters have gradients and state at a time."""
+
+    def apply(trace: Trace) -> Trace:
+        share = max(1, len(trace.blocks))
+        held = (Category.GRADIENTS, Category.OPTIMIZER)
+        return _resized(trace, lambda s: s.bytes // share if s.category in held else s.bytes)
+
+    return Change("block-coordinate updates", apply, changes_training=True)
