@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 REDUCTIONS = ("mean", "sum", "none")
 MODES = ("rows", "recompute", "tiles")
 ACCUMULATIONS = ("weight", "float32")
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+DEFAULT_CHUNK_BYTES = 84 * 2**20  # with the working space of a product this stays below 96 MiB
 
 
 class LossStats(NamedTuple):

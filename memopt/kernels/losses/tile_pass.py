@@ -19,7 +19,7 @@ from memopt.kernels.losses.row_pass import (
 
 # Rows or entries of a tile, and features at a time. The interpreter pays per program and operation, so it takes few.
 STATISTICS_TILE = {"BM": 128, "BV": 64, "BH": 32, "num_warps": 8, "num_stages": 3}
-GRADIENT_TILE = {"BO": 64, "BT": 64, "BH": 32, "num_warps": 8, "num_stages": 2}
+GRADIENT_TILE = {"BO": 64, "BT": 32, "BH": 64, "num_warps": 8, "num_stages": 2}
 _PROGRAMS = 256  # about what fills a large GPU; fewer blocks of rows than this are split over the vocabulary
 
 
