@@ -28,6 +28,37 @@ inline void load_block(const typename Io::Stored* __restrict x, int64_t count, i
     for (int64_t i = count; i < BLOCK; ++i) z[i] = NEGATIVE_INFINITY;
 }
 
+// Four partial results each, so that an operation need not wait for the one before it.
+constexpr int64_t PART = BLOCK / 4;
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+inline float largest(const float* __restrict z) {
+    float a = NEGATIVE_INFINITY, b = a, c = a, d = a;
+#pragma omp simd reduction(max : a, b, c, d)
+    for (int64_t i = 0; i < PART; ++i) {
+        a = larger(z[i], a);
+        b = larger(z[i + PART], b);
+        c = larger(z[i + 2 * PART], c);
+        d = larger(z[i + 3 * PART], d);
+    }
+    return larger(larger(a, b), larger(c, d));
+}
+
+// e = exp(z - reference), and its sum.
+inline float exponentials(const float* __restrict z, float reference, float* __restrict e) {
+    for (int64_t i = 0; i < BLOCK; ++i) e[i] = exponential(z[i] - reference);
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+    for (int64_t i = 0; i < PART; ++i) {
+        a += e[i];
+        b += e[i + PART];
+        c += e[i + 2 * PART];
+        d += e[i + 3 * PART];
+    }
+    return (a + b) + (c + d);
+}
+
 struct RowInputs {
     int64_t V;
     Transform how;
@@ -47,9 +78,7 @@ void statistics_of_row(const typename Io::Stored* x, const RowInputs& row, bool 
         const int64_t count = row.V - first < BLOCK ? row.V - first : BLOCK;
         load_block<Io>(x, count, first, row.how, raw, z);
         if (row.target >= first && row.target < first + count) target_logit = z[row.target - first];
-        float block_highest = NEGATIVE_INFINITY;
-#pragma omp simd reduction(max : block_highest)
-        for (int64_t i = 0; i < BLOCK; ++i) block_highest = z[i] > block_highest ? z[i] : block_highest;
+        const float block_highest = largest(z);
         if (block_highest > highest) {
             const double shrink = highest == NEGATIVE_INFINITY ? 0.0 : std::exp(double(highest) - double(block_highest));
             if (shrink > 0.0) expected = shrink * (expected + sum * (double(highest) - double(block_highest)));
@@ -59,11 +88,8 @@ void statistics_of_row(const typename Io::Stored* x, const RowInputs& row, bool 
             while (z[best - first] != highest) ++best;
         }
         const float reference = highest == NEGATIVE_INFINITY ? 0.0f : highest;
-        for (int64_t i = 0; i < BLOCK; ++i) e[i] = exponential(z[i] - reference);
-        float block_sum = 0.0f, block_expected = 0.0f, block_weighted = 0.0f;
-#pragma omp simd reduction(+ : block_sum)
-        for (int64_t i = 0; i < BLOCK; ++i) block_sum += e[i];
-        sum += block_sum;
+        sum += exponentials(z, reference, e);
+        float block_expected = 0.0f, block_weighted = 0.0f;
         if (want_expected) {
 #pragma omp simd reduction(+ : block_expected)
             for (int64_t i = 0; i < BLOCK; ++i) block_expected += e[i] == 0.0f ? 0.0f : e[i] * (z[i] - reference);
