@@ -40,7 +40,8 @@ def encode_rows(x: Tensor, codec: Codec, blocks: Blocks, noise: Tensor | None) -
     scales = torch.where(scales.isfinite(), scales, torch.nan)
     index = blocks.index(x.device)
     lift = torch.where(scales < TINY, LIFT, 1.0)
-    top = codec.top("nearest" if noise is None else "stochastic")
+    # A tensor: torch computes number / tensor as number * (1 / tensor), which rounds twice.
+    top = torch.tensor(codec.top("nearest" if noise is None else "stochastic"), dtype=torch.float32, device=x.device)
     inverse = torch.where(scales > 0, top / (scales * lift), 0.0)
     finite = torch.where(scales.isnan()[:, index], 0.0, x * lift[:, index])
     inverse = torch.where(scales.isnan(), 0.0, inverse)
