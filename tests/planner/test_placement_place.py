@@ -72,6 +72,20 @@ def test_a_gap_above_max_live_is_proven_by_exhaustion():
     assert "exhausted" in refused.reason
 
 
+def test_a_node_limit_too_small_for_any_proof_ends_the_search():
+    buffers = always_full(19, 20, 20)
+    answer = place(buffers, node_limit=3, methods=["search"], time_limit=600)
+    assert (answer.peak, answer.proven) == (21, False)
+    assert answer.seconds < 60
+
+
+def test_a_hard_goal_leaves_time_for_easier_peaks():
+    buffers = planted(1, 300, 1 << 20)
+    rough = place(buffers, methods=["greedy"]).peak
+    quick = place(buffers, methods=["search"], node_limit=20_000, time_limit=600)
+    assert quick.peak < (rough + (1 << 20)) / 2
+
+
 def test_max_live_is_a_proof_that_names_the_moment():
     answer = place([Buffer(0, 4, 6), Buffer(3, 5, 6)], capacity=11)
     assert answer.status is Outcome.IMPOSSIBLE

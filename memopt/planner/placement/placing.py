@@ -45,7 +45,7 @@ def place(
             small as the limits allow.
         seed: of the randomised search; equal seeds give equal results unless ``time_limit`` cuts a method short.
         time_limit: seconds for all methods together. One greedy order always runs.
-        node_limit: steps of the search per part.
+        node_limit: steps of the search for each part and capacity tried.
         alignment: every offset is a multiple of it, and every size is rounded up to one, as allocators do.
         methods: names out of ``memopt.planner.placement.all_methods()``; default: all that are installed, in turn
             until one is good enough.

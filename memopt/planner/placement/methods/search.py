@@ -1,8 +1,9 @@
 """Randomised restarts of the skyline search, and the smallest capacity that they can reach.
 
-Attempts follow the Luby sequence times four steps a buffer (at least 400), each with freshly drawn score weights, so that no single weighting
-has to suit every instance; counts of failed bounds carry over from attempt to attempt and fade. Everything is drawn
-from one seeded generator, so a seed fixes the result as long as the node limit, not the clock, ends the search.
+Attempts follow the Luby sequence times four steps a buffer (at least 400), each with freshly drawn score weights, so
+that no single weighting has to suit every instance; counts of failed bounds carry over from attempt to attempt and
+fade. Everything is drawn from one seeded generator, so a seed fixes the result as long as the node limit, not the
+clock, ends the search.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _BASE_NODES = 400
 _NODES_PER_BUFFER = 4
 _LARGEST = 6000  # buffers; the neighbour lists grow with the square
 _PRECISION = 1000  # bisection stops when the open range is below 1/1000 of the peak
-_BISECTION_SHARE = 8  # each capacity above the goal gets 1/8 of the goal's nodes
+_ROUNDS = (64, 8, 1)  # what the node limit is divided by
 
 
 def search(part: Part, capacity: int, seed: int, node_limit: int, seconds: float) -> Attempt:
@@ -67,24 +68,31 @@ def luby(turn: int) -> int:
 
 
 def run(task: Task) -> None:
-    """Tries the goal, then, when any better peak is welcome, halves the range between it and the best peak."""
-    part = task.part
-    if len(part) > _LARGEST:
-        task.remarks.append(f"search left out: {len(part)} buffers alive in one stretch, it takes {_LARGEST}")
+    """Tries the goal, then, when any better peak is welcome, halves the range between it and the best peak.
+
+    Hard goals must not use up the time that easier capacities need, so there are rounds, each with eight times the
+    nodes of the one before it for every capacity that it tries.
+    """
+    if len(task.part) > _LARGEST:
+        task.remarks.append(f"search left out: {len(task.part)} buffers alive in one stretch, it takes {_LARGEST}")
         return
-    floor = max(task.goal, task.lower)  # capacities below are impossible or were not found
-    _try(task, floor, task.node_limit)
-    while task.minimise and not task.done and task.seconds_left():
-        floor = max(floor, task.lower)
-        if (task.peak - floor) * _PRECISION <= task.peak:
-            break
-        middle = (floor + task.peak) // 2
-        if not _try(task, middle, task.node_limit // _BISECTION_SHARE):
-            floor = middle
+    if not task.minimise:
+        _try(task, task.goal, 0, task.node_limit)
+        return
+    for number, share in enumerate(_ROUNDS):
+        tried = -1  # the largest capacity that was not found in this round
+        while not task.done and task.seconds_left():
+            lowest = max(task.goal, task.lower)  # rises with every proof
+            if tried >= lowest and task.peak - tried <= max(1, task.peak // _PRECISION):
+                break
+            capacity = lowest if tried < lowest else (tried + task.peak) // 2
+            if not _try(task, capacity, number, max(1, task.node_limit // share)):
+                tried = capacity
 
 
-def _try(task: Task, capacity: int, node_limit: int) -> bool:
-    result = search(task.part, capacity, task.seed, node_limit, task.seconds_left())
+def _try(task: Task, capacity: int, number: int, node_limit: int) -> bool:
+    seed = task.seed * len(_ROUNDS) + number
+    result = search(task.part, capacity, seed, node_limit, task.seconds_left())
     if result.verdict is Verdict.FOUND:
         return task.offer(result.offsets, "search")
     if result.verdict is Verdict.EXHAUSTED:
