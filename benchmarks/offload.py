@@ -7,13 +7,17 @@ their times is reported, so that other work on the machine disturbs little. Memo
 from __future__ import annotations
 
 import gc
+import os
+import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -218,13 +222,43 @@ def half(templates: dict[str, Template]) -> Any:
     return plan_of({path: tuple(actions) for path, actions in chosen.items()})
 
 
-def main() -> None:
+def growth(console: Console, steps: int) -> None:
+    """What the process holds before and after many steps of a random mixture of keep, swap and recompute."""
+    model = GPT(GPTConfig(layers=3, width=64, heads=4, context=32, vocabulary=64, dropout=0.1))
+    tokens = torch.randint(64, (4, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    paths = [f"blocks.{n}" for n in range(3)]
+    draw = random.Random(0)
+    exact = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
+    plan = actions_by(block_templates(model, step, paths), lambda path, name, size: draw.choice(exact))
+    table = Table(title=f"Held by the process over {steps} steps")
+    for column in ("after step", "resident, MiB", "file handles", "Python objects", "swap file, KiB"):
+        table.add_column(column, justify="right")
+    with apply(model, plan) as handle:
+        for n in range(steps + 1):
+            step()
+            if n in (10, steps // 4, steps // 2, steps):
+                gc.collect()
+                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                held = (f"{resident / MIB:.1f}", len(os.listdir("/proc/self/fd")), len(gc.get_objects()))
+                table.add_row(*map(str, (n, *held, handle.tier._end // 1024)))
+    console.print(table)
+
+
+def main(steps: int = typer.Option(2000, help="Steps of the growth table.")) -> None:
     """Print the tables."""
     console = Console()
     torch.manual_seed(0)
     overhead(console)
     demo(console)
+    growth(console, steps)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

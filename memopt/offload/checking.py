@@ -50,7 +50,7 @@ def check_actions(plan: BlockPlan) -> None:
             raise PlanMismatchError(f"block {plan.path!r}: the plan has two actions for saved storage {action.index}")
         if action.fraction != 1.0:
             raise UnsupportedBlockError(
-                f"block {plan.path!r}: the plan treats a fraction of {action.fraction} of saved storage {action.index}; "
+                f"block {plan.path!r}: the plan takes a fraction of {action.fraction} of saved storage {action.index}; "
                 "the runtime treats storages whole: plan without fractions, or tile the block (memopt.offload.tile)"
             )
         seen.add(action.index)

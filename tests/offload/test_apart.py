@@ -209,5 +209,5 @@ def test_the_report_of_a_step() -> None:
 def test_fractions_are_refused_by_name() -> None:
     model = nn.Sequential(_mlp(4))
     plan = SimpleNamespace(blocks=(BlockPlan("0", 0, "", (StorageAction(0, 0, Action.SWAP, 0.25),)),), swap_tier="disk")
-    with pytest.raises(ValueError, match=r"a fraction of 0.25 of saved storage 0"):
+    with pytest.raises(ValueError, match=r"takes a fraction of 0.25 of saved storage 0"):
         apply(model, plan)

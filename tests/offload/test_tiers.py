@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from memopt.offload import SwapError, apply
+from memopt.offload.pinned import PinnedPool
 from memopt.offload.tiers import open_tier
 from memopt.offload.tiers.disk import PREFIX, DiskTier, remove_leftovers
 from memopt.planner.values import Action
@@ -192,3 +193,30 @@ def test_nothing_grows_over_many_steps(tier: str, tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == files
         assert getattr(handle.tier, "_end", 0) == end
         assert grown < 60 * 2
+
+
+def test_pinned_size_classes_waste_at_most_a_quarter() -> None:
+    for size in (1, 2**16, 2**16 + 1, 10**6, 2**20, 2**20 + 1, 7 * 2**20 + 5, 2**33 + 1):
+        length = PinnedPool.size_class(size)
+        assert size <= length <= max(2**16, size * 1.25 + 1)
+        assert PinnedPool.size_class(length) == length
+
+
+def test_pinned_memory_that_the_system_refuses_is_no_lookalike_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(SwapError, match=r"swap tier host: the system did not pin 65536 bytes .*not the GPU's"):
+        PinnedPool(None).take(100)
+    with pytest.raises(SwapError, match=r"limit of 1000 bytes; raise swap_limit_bytes"):
+        PinnedPool(1000).take(100)
+    monkeypatch.undo()
+    pool = PinnedPool(200_000)
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: torch.zeros(size, dtype=torch.uint8))
+    first, second = pool.take(70_000), pool.take(60_000)
+    pool.give(first)
+    assert pool.take(75_000) is first  # the same size class
+    pool.give(second)
+    pool.take(131_072 - 80_000)
+    assert pool.pinned_bytes <= 200_000
