@@ -122,7 +122,13 @@ def test_fp32_rule_is_as_near_to_float64_as_the_plain_implementation(case: Case)
     assert largest_difference(ours, parameters(case.shapes)) > 1e-3  # it moved
 
 
-LOW_BIT = {"bf16": (2.0, 2.0), "8bit": (1.0, 1.02), "4bit": (0.5, 0.535)}
+LOW_BIT = {
+    "bf16": (2.0, 2.0),
+    "8bit": (1.0, 1.02),
+    "8bit-dynamic": (1.0, 1.02),
+    "4bit": (0.5, 0.535),
+    "4bit-paper": (0.5, 0.535),
+}
 STATES = {
     "Adam": 2, "AdamW": 2, "Lion": 1, "SGD": 1, "RMSprop": 1, "Adagrad": 1, "LAMB": 2, "LARS": 1, "AdEMAMix": 3,
     "AdamMini": 1, "Muon": 1, "NorMuon": 1,
