@@ -12,7 +12,6 @@ microseconds per operation, one walk over Python's objects at the start (about 0
 from __future__ import annotations
 
 import gc
-import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from typing_extensions import Self
 
 from memopt.planner.categories import Profile, profile, settle
 from memopt.planner.tracker import StorageTracker
@@ -70,7 +68,7 @@ class Meter:
         self._tracker = StorageTracker()
         self._profile: Profile | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Meter:
         if self._profile is not None:
             raise ValueError("this meter has measured already; make a new one with memopt.meter()")
         if torch.cuda.is_available():
@@ -104,8 +102,7 @@ class Meter:
         self._profile = profile(history, categories, self.device)
         self.peak_bytes = self._profile.peak_bytes
         self.by_category = {c.value: size for c, size in self._profile.at(self._profile.peak_index).items()}
-        scale = 1 if sys.platform == "darwin" else 1024
-        self.peak_resident_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+        self.peak_resident_bytes = _peak_resident_bytes()
         if torch.cuda.is_available():
             self.allocator = {
                 "allocated_bytes": torch.cuda.max_memory_allocated(),
@@ -157,6 +154,15 @@ def meter(
         TypeError: ``model`` or ``optimizer`` is of another type.
     """
     return Meter(model, optimizer, device)
+
+
+def _peak_resident_bytes() -> int:
+    """The process's largest resident size so far; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _several(value: Any, kind: type, argument: str) -> list[Any] | None:

@@ -84,7 +84,7 @@ def _blocks(
     blocks = []
     for position, number in enumerate(numbers):
         call = recorder.calls[number]
-        saved = _saved(recorder, number, storages)
+        saved, saved_inputs = _saved(recorder, number, storages)
         signature = call_signature(call, recorder.raw)
         work = tuple((op.flops, op.bytes_read) for op in recorder.raw[call.start : call.stop])
         key = (call.kind, signature, work, tuple(s.bytes for s in saved))
@@ -100,20 +100,26 @@ def _blocks(
                 outputs=call.outputs,
                 saved=saved,
                 signature=signature,
+                saved_inputs=saved_inputs,
             )
         )
         seen[call.path] += 1
     return tuple(blocks)
 
 
-def _saved(recorder: Recorder, number: int, storages: tuple[Storage, ...]) -> tuple[SavedStorage, ...]:
-    call = recorder.calls[number]
-    excluded = set(call.inputs)
-    found = [
-        storages[id]
-        for id in dict.fromkeys(_packed(recorder.calls, number))
-        if id not in excluded and storages[id].category is not Category.WEIGHTS
-    ]
+def _saved(
+    recorder: Recorder, number: int, storages: tuple[Storage, ...]
+) -> tuple[tuple[SavedStorage, ...], tuple[SavedStorage, ...]]:
+    """What autograd saves in a call, weights aside: first what is not among its inputs, then what is."""
+    inputs = set(recorder.calls[number].inputs)
+    packed = [storages[id] for id in dict.fromkeys(_packed(recorder.calls, number))]
+    packed = [storage for storage in packed if storage.category is not Category.WEIGHTS]
+    own = [storage for storage in packed if storage.id not in inputs]
+    given = [storage for storage in packed if storage.id in inputs]
+    return _numbered(recorder, own), _numbered(recorder, given)
+
+
+def _numbered(recorder: Recorder, found: list[Storage]) -> tuple[SavedStorage, ...]:
     return tuple(
         SavedStorage(
             index=index,
@@ -121,7 +127,6 @@ def _saved(recorder: Recorder, number: int, storages: tuple[Storage, ...]) -> tu
             bytes=storage.bytes,
             producer=-1 if storage.producer is None else storage.producer,
             token_wise=storage.producer is not None and recorder.raw[storage.producer].row_wise,
-            dtype=recorder.saved_dtypes.get(storage.id, ""),
         )
         for index, storage in enumerate(found)
     )

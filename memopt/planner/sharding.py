@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from memopt.planner.values import Block, Category, Op, Phase, Storage, Trace
+from memopt.planner.values import Block, Category, Op, Phase, SavedStorage, Storage, Trace
 
 _PER_TOKEN = (Category.ACTIVATIONS, Category.LOGITS, Category.TEMPORARIES)
 
@@ -63,10 +63,11 @@ def shard(trace: Trace, degrees: Degrees) -> Trace:
     for birth, death, size, category, name in extra:
         storages.append(Storage(len(storages), size, category, birth, death, None, name))
     by_id = {storage.id: storage for storage in storages}
-    blocks = tuple(
-        replace(block, saved=tuple(replace(saved, bytes=by_id[saved.storage].bytes) for saved in block.saved))
-        for block in trace.blocks
-    )
+
+    def resized(saved: tuple[SavedStorage, ...]) -> tuple[SavedStorage, ...]:
+        return tuple(replace(one, bytes=by_id[one.storage].bytes) for one in saved)
+
+    blocks = tuple(replace(b, saved=resized(b.saved), saved_inputs=resized(b.saved_inputs)) for b in trace.blocks)
     return replace(
         trace,
         ops=tuple(_divided_op(op, degrees) for op in trace.ops),

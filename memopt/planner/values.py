@@ -95,7 +95,11 @@ class SavedStorage:
 
 @dataclass(frozen=True)
 class Block:
-    """One call of a repeated module. Blocks of one ``group`` have the same operations, shapes and saved storages."""
+    """One call of a repeated module. Blocks of one ``group`` have the same operations, shapes and saved storages.
+
+    ``saved_inputs`` are the storages of the call's inputs that autograd saves inside it, in the order in which it first
+    packs them, with numbers of their own; ``saved`` leaves them out.
+    """
 
     path: str
     call: int
@@ -106,6 +110,7 @@ class Block:
     outputs: tuple[int, ...]
     saved: tuple[SavedStorage, ...]
     signature: str
+    saved_inputs: tuple[SavedStorage, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -181,3 +181,19 @@ def test_signatures_know_shapes_types_and_order() -> None:
     assert describe("aten::view", torch.ones(1)) is None
     flash = describe("aten::_scaled_dot_product_flash_attention", (torch.ones(1), torch.ones(2)))
     assert flash == describe("aten._scaled_dot_product_flash_attention_for_cpu.default", (torch.ones(1),))
+
+
+def test_saved_inputs_are_kept_apart() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.linear(x).tanh()
+
+    traced = trace(nn.Sequential(Residual(), Residual()), torch.ones(4, 8))
+    first, second = traced.blocks
+    assert [traced.ops[saved.producer].name for saved in second.saved] == ["aten.tanh.default"]
+    assert [saved.storage for saved in second.saved_inputs] == list(first.outputs)
+    assert second.saved_inputs[0].bytes == 4 * 8 * 4
