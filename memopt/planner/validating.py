@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from memopt.planner.plan_file import Plan, Timeline, model_signature
-from memopt.planner.problem import Rates
+from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.simulating import Simulation, simulate
 from memopt.planner.values import Action, BlockPlan, Trace
 
@@ -26,7 +26,7 @@ class Validation:
     simulation: Simulation | None
 
 
-def validate(trace: Trace, plan: Plan, rates: Rates) -> Validation:
+def validate(trace: Trace, plan: Plan, hardware: HardwareLike | None = None) -> Validation:
     """Simulate a plan on its trace and check every promise it makes.
 
     Rules: made for this trace; no block call planned twice (one without a plan is kept); every saved storage has one
@@ -36,8 +36,9 @@ def validate(trace: Trace, plan: Plan, rates: Rates) -> Validation:
     Args:
         trace: the step the plan was made for.
         plan: what to check.
-        rates: the device.
+        hardware: the device, as for ``plan``; default: the one in the table that the plan names.
     """
+    rates = rates_of(plan.hardware if hardware is None else hardware, trace.dtype)
     broken = _broken_shape(trace, plan.blocks)
     if broken is None and plan.model_signature != model_signature(trace):
         broken = "the plan was made for another model or step"
