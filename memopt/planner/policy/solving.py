@@ -182,11 +182,21 @@ class _Run:
         decided: Callable[[float, float], bool],
         relaxed: dict[str, tuple[float, float]],
     ) -> int:
-        """Makes the variables integer and fixes those that ``decided(value, price)`` holds for; counts the others."""
+        """Makes the variables integer and fixes those that ``decided(value, price)`` holds for; counts the others.
+
+        All choices of an item stay free where the relaxation has split it between some of them.
+        """
+        split = {
+            self.program.choices[c.variable].name
+            for block in self.problem.blocks
+            for item in block.items
+            if any(not _whole(relaxed[self.program.choices[c.variable].name][0]) for c in item.choices)
+            for c in item.choices
+        }
         free = 0
         for variable in variables:
             value, price = relaxed[variable.name]
-            fixed = decided(value, price) and abs(value - round(value)) <= NEAR
+            fixed = variable.name not in split and decided(value, price)
             variable.cat = "Integer"
             variable.lowBound, variable.upBound = (round(value), round(value)) if fixed else (0, 1)
             free += not fixed
@@ -232,6 +242,10 @@ class _Run:
             status = Status.FEASIBLE
         lower = max(0.0, seconds - over * self.problem.compute_seconds)
         return Solution(status, frozenset(taken), seconds, lower, method, time.monotonic() - self.began)
+
+
+def _whole(value: float) -> bool:
+    return abs(value - round(value)) <= NEAR
 
 
 def useful_resources(problem: Problem) -> frozenset[int]:
