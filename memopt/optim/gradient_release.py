@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -76,11 +77,15 @@ class GradientRelease:
         self._group = None if self._wrapped or data_parallel is False else data_parallel
         self._clearing = False
         self._hooks: list[Any] = []
+        cast(Any, optimizer)._released = self
+        # tensors hold their hooks where Python's collector does not look: through these nothing may be kept alive
+        alive = weakref.ref(self)
         if self._wrapped:
-            data_parallel.register_comm_hook(None, lambda state, bucket: self._on_bucket(bucket))
+            data_parallel.register_comm_hook(None, lambda state, bucket: _living(alive)._on_bucket(bucket))
         else:
             for param in self._alone.homes:
-                self._hooks.append(cast(Any, param).register_post_accumulate_grad_hook(self._on_gradient))
+                hook = cast(Any, param).register_post_accumulate_grad_hook(lambda p: _living(alive)._on_gradient(p))
+                self._hooks.append(hook)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -150,6 +155,16 @@ class GradientRelease:
             param.grad = cast(Tensor, param.grad).clamp_(-self._clip_value, self._clip_value)
         self._alone.step(param)
         param.grad = None
+
+
+def _living(handle: weakref.ref[GradientRelease]) -> GradientRelease:
+    found = handle()
+    if found is None:
+        raise RuntimeError(
+            "gradients of this parameter were released to an optimizer that no longer exists: keep a reference to the "
+            "optimizer while you train, and call remove() on the handle of release_gradients when you are done with it"
+        )
+    return found
 
 
 def release_gradients(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -210,3 +212,27 @@ def test_optimizers_that_cannot_are_refused_by_name() -> None:
     release_gradients(Counting(model.parameters(), lr=1e-3))
     with pytest.raises(RuntimeError, match=r"Counting counts in its groups \(count\)"):
         loss_of(model, 0).backward()
+
+
+def test_a_dropped_optimizer_takes_nothing_with_it_and_is_missed() -> None:
+    model = tiny()
+    optimizer = AdamW8bit(model.parameters())
+    release_gradients(optimizer)
+    train(model, optimizer, range(1))
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="optimizer that no longer exists"):
+        loss_of(model, 0).backward()
+
+
+def test_a_dropped_model_is_freed() -> None:
+    model = tiny()
+    optimizer = AdamW8bit(model.parameters())
+    handle = release_gradients(optimizer)
+    train(model, optimizer, range(1))
+    gone = weakref.ref(model.head.weight)
+    del model, optimizer, handle
+    gc.collect()
+    assert gone() is None

@@ -256,9 +256,11 @@ class BlockCoordinate(Nested):
         self._homes = homes
 
     def _measurer(self, numbers: list[int]) -> Callable[[Tensor], None]:
+        scores = self._scores
+
         def measure(param: Tensor) -> None:
             if param.grad is not None:
-                self._scores[numbers] += local_of(param.grad).float().square().sum().double().cpu()
+                scores[numbers] += local_of(param.grad).float().square().sum().double().cpu()
                 param.grad = None
 
         return measure
