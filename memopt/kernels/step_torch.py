@@ -11,9 +11,9 @@ from torch import Tensor
 
 from memopt.kernels import hashing
 from memopt.kernels.blocks import blocks_of
-from memopt.kernels.codecs import Codec
 from memopt.kernels.quantize_torch import decode_rows, encode_rows
 from memopt.kernels.request import StepRequest
+from memopt.kernels.strided import cut
 
 CHUNK = 1 << 20  # elements handled at once
 
@@ -70,8 +70,8 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
             values.append(_part(state, first, last).float().reshape(rows, length))  # type: ignore[arg-type]
         else:
             blocks = codec.blocks(part.shape)
-            codes, scales = _quantized_parts(state, codec, flat, first, last)
-            values.append(decode_rows(codes.reshape(rows, -1), scales.reshape(rows, -1), codec, blocks))
+            held = cut(state, codec, first, last)  # type: ignore[arg-type]
+            values.append(decode_rows(held.codes.reshape(rows, -1), held.scales.reshape(rows, -1), codec, blocks))
     p = part.float().reshape(rows, length)
     g = _part(request.grads[i], first, last).float().reshape(rows, length)
     new_p, new_states, sums = update.apply(p, g, tuple(values), SimpleNamespace(**request.scalars))
@@ -86,9 +86,9 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
             target.copy_(rounded(new, target.dtype, halves(j) if stochastic else None).reshape(target.shape))
         else:
             codes, scales = encode_rows(new, codec, codec.blocks(part.shape), noise(j) if stochastic else None)
-            old_codes, old_scales = _quantized_parts(state, codec, flat, first, last)
-            old_codes.copy_(codes.reshape(old_codes.shape))
-            old_scales.copy_(scales.reshape(old_scales.shape))
+            held = cut(state, codec, first, last)  # type: ignore[arg-type]
+            held.codes.copy_(codes.reshape(held.codes.shape))
+            held.scales.copy_(scales.reshape(held.scales.shape))
     if new_p is not p:
         bits = halves(len(update.states)) if request.param_rounding == "stochastic" else None
         part.copy_(rounded(new_p, part.dtype, bits).reshape(part.shape))
@@ -97,19 +97,6 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
 
 def _part(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor.reshape(1) if tensor.dim() == 0 else tensor[first:last]
-
-
-def _quantized_parts(state: object, codec: Codec, flat: bool, first: int, last: int) -> tuple[Tensor, Tensor]:
-    codes, scales = state.codes, state.scales  # type: ignore[attr-defined]
-    if not flat:
-        return codes[first:last], scales[first:last]
-    if codes.dim() == 0:
-        return codes.reshape(1), scales
-    bytes_before = first if codec.bits == 8 else first // codec.block * ((codec.block + 1) // 2)
-    blocks = codec.blocks((last - first,))
-    count = last - first if codec.bits == 8 else blocks.row_bytes
-    at = first // codec.block
-    return codes[bytes_before : bytes_before + count], scales[at : at + blocks.per_row]
 
 
 def rounded(x: Tensor, dtype: torch.dtype, halves: Tensor | None) -> Tensor:

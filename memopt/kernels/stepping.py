@@ -11,6 +11,7 @@ from memopt.kernels import step_torch
 from memopt.kernels.backend import choose_backend
 from memopt.kernels.codecs import Codec, get_codec
 from memopt.kernels.request import StepRequest, Stored, check
+from memopt.kernels.strided import Runner, run_contiguous
 from memopt.kernels.update import Update
 
 
@@ -71,9 +72,16 @@ def step(
     check(request)
     if not params:
         return {name: torch.zeros(0) for name in update.reductions}
-    backend = choose_backend(params[0].device)
-    if backend == "native":
-        from memopt.kernels.native import step as step_native
+    return run_contiguous(request, _runner(choose_backend(params[0].device)))
 
-        return step_native.run(request)
-    return step_torch.run(request)
+
+def _runner(backend: str) -> Runner:
+    if backend == "native":
+        from memopt.kernels.native.step import run
+
+        return run
+    if backend == "triton":
+        from memopt.kernels.gpu.step import run as run_triton
+
+        return run_triton
+    return step_torch.run

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA, ROCm and XPU, printed from the rules and codecs; imported only where one runs."""
