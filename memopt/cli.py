@@ -9,13 +9,10 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-
-if TYPE_CHECKING:
-    from memopt.planner import Plan
+from rich.console import Console, RenderableType
 
 NOTHING_FITS = 2
 BAD_INPUT = 1
@@ -69,46 +66,82 @@ def plan_command(
     seq: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence; default: the model's own.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and activations: bf16, fp16 or fp32.")] = "bf16",
     optimizer: Annotated[str, typer.Option(help="Its name, such as adamw8bit.")] = "adamw8bit",
+    fit_all: Annotated[
+        bool, typer.Option("--fit", help="Also choose optimizer state, gradient release, chunked loss and offload.")
+    ] = False,
+    max_seq: Annotated[bool, typer.Option("--max-seq", help="Search for the longest sequence that fits.")] = False,
+    max_batch: Annotated[bool, typer.Option("--max-batch", help="Search for the largest batch that fits.")] = False,
+    data: Annotated[int, typer.Option(min=1, help="Data-parallel degree.")] = 1,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage over the data-parallel devices.")] = 0,
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Context-parallel degree.")] = 1,
+    pipeline_stages: Annotated[
+        int | None, typer.Option(min=1, help="Also show what pipeline schedules hold, for so many stages.")
+    ] = None,
+    microbatches: Annotated[int, typer.Option(min=1, help="Microbatches of a pipeline's step.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a page.")] = False,
     html: Html = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the timeline as a Perfetto trace.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Say whether a training step fits, and what to keep, swap and recompute so that it does."""
-    from memopt.planner import find_model, plan, trace
+    from memopt.planner import Degrees, Trace, find_model, fit, largest_that_fits, plan, shard, trace
     from memopt.planner import hardware as find_hardware
+    from memopt.report import terminal
 
-    console = Console()
     device = find_hardware(hardware)
+    allowed = budget or device.memory_bytes
+    degrees = Degrees(data=data, zero=zero, tensor=tensor, context=context)
+    pages: list[RenderableType] = []
     with Console(stderr=True).status("tracing one training step", spinner="dots") as status:
-        found = find_model(model, batch=batch, tokens=seq, dtype=dtype)
-        traced = trace(found.model, found.inputs, loss_fn=found.loss_fn, optimizer=optimizer)
-        traced = replace(traced, model=found.name)
-        status.update("deciding what to keep, swap and recompute")
-        result = plan(traced, budget=budget or device.memory_bytes, hardware=device)
+
+        def traced(batch_size: int, tokens: int | None) -> Trace:
+            found = find_model(model, batch=batch_size, tokens=tokens, dtype=dtype)
+            on = "cpu" if device.kind == "cpu" else "cuda"
+            step = trace(found.model, found.inputs, loss_fn=found.loss_fn, optimizer=optimizer, device=on)
+            return shard(replace(step, model=found.name), degrees)
+
+        if max_seq or max_batch:
+            status.update("searching for the largest size that fits")
+            size, best = (
+                largest_that_fits(lambda n: traced(batch, n), allowed, device, step=128)
+                if max_seq
+                else largest_that_fits(lambda n: traced(n, seq), allowed, device)
+            )
+            pages.append(f"Largest {'sequence' if max_seq else 'batch'} that fits: {size}\n")
+            result = best or plan(traced(batch if max_seq else 1, 128 if max_seq else seq), allowed, device)
+        else:
+            step = traced(batch, seq)
+            status.update("deciding what to keep, swap and recompute")
+            if fit_all:
+                choices = fit(step, allowed, device)
+                result = (choices.best or choices.pareto[0]).plan
+                pages.append(terminal.fit_page(choices))
+            else:
+                result = plan(step, budget=allowed, hardware=device)
+    if pipeline_stages is not None:
+        pages.append(terminal.pipeline_page(pipeline_stages, microbatches))
     if out is not None:
         result.save(out)
+    runs = {"before": result.timeline_before, "after": result.timeline_after}
     if html is not None:
-        _write_html(html, result)
+        from memopt.report import write_html
+
+        write_html(html, title=f"{result.model} on {result.hardware}", runs=runs)
+    if perfetto is not None:
+        from memopt.report import write_perfetto
+
+        write_perfetto(perfetto, runs=runs)
     if as_json:
         from memopt.planner.strict_json import to_json
 
         typer.echo(json.dumps(to_json(result)))
     else:
-        from memopt.report.terminal import plan_page
-
-        console.print(plan_page(result))
+        Console().print(*pages, terminal.plan_page(result), sep="\n")
     if result.status == "infeasible":
         raise typer.Exit(NOTHING_FITS)
-
-
-def _write_html(path: Path, plan: Plan) -> None:
-    from memopt.report import write_html
-
-    write_html(
-        path,
-        title=f"{plan.model} on {plan.hardware}",
-        runs={"before": plan.timeline_before, "after": plan.timeline_after},
-    )
 
 
 @app.command("place")

@@ -66,7 +66,9 @@ def wrap(
         )
     else:
         built = optimizer
-    chosen = plan(trace(model, inputs, loss_fn=loss_fn, optimizer=built), budget=budget, hardware=hardware)
+    on = "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu"
+    traced = trace(model, inputs, loss_fn=loss_fn, optimizer=built, device=on)
+    chosen = plan(traced, budget=budget, hardware=hardware)
     if chosen.smallest_budget_bytes is not None:
         raise DoesNotFitError(
             f"budget {budget}: nothing fits; the smallest budget that does is "

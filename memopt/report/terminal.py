@@ -10,11 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memopt.planner import format_bytes
+from memopt.planner import format_bytes, schedule_table
 from memopt.planner.values import Action, BlockPlan
 
 if TYPE_CHECKING:
-    from memopt.planner import Placement, Plan
+    from memopt.planner import Fit, Placement, Plan
 
 BAR_CELLS = 40
 
@@ -115,7 +115,7 @@ def _advice(plan: Plan) -> Text:
     if plan.status != "infeasible":
         text.append(f"How: {plan.method}; {proof}; solved in {format_seconds(plan.solve_seconds)}", style="dim")
     else:
-        text.append("What to change: a larger budget, a smaller --batch or --seq, or a smaller --optimizer state")
+        text.append("What to change: a larger budget, --fit, or a smaller --batch or --seq")
     return text
 
 
@@ -139,3 +139,36 @@ def placement_page(placement: Placement, buffers: int, capacity: int | None) -> 
     table.add_row("method", placement.method)
     table.add_row("time", format_seconds(placement.seconds))
     return Group(line, table, Text(placement.reason))
+
+
+def fit_page(found: Fit) -> Table:
+    """What ``memopt plan --fit`` found: no other choice beats these in both peak and seconds; the chosen one is bold."""
+    table = Table(title="Peak against seconds per step: what no other choice beats in both", title_justify="left")
+    for heading in ("changes", "peak", "seconds per step", "fits"):
+        table.add_column(heading, justify="left" if heading == "changes" else "right")
+    for one in found.pareto:
+        fits = one.plan.status != "infeasible"
+        table.add_row(
+            ", ".join(one.changes) or "none",
+            format_bytes(one.plan.peak_bytes),
+            format_seconds(one.step_seconds),
+            "yes" if fits else "no",
+            style="bold" if one == found.best else None,
+        )
+    return table
+
+
+def pipeline_page(stages: int, microbatches: int) -> Table:
+    """What every pipeline schedule holds at its fullest rank, and its bubble.
+
+    Args:
+        stages: devices in the pipeline.
+        microbatches: in one step.
+    """
+    table = Table(title=f"Pipeline of {stages} stages, {microbatches} microbatches", title_justify="left")
+    for heading in ("schedule", "peak (activations of a microbatch)", "bubble"):
+        table.add_column(heading, justify="left" if heading == "schedule" else "right")
+    for row in schedule_table(stages, microbatches):
+        mark = "" if row.exact else " (as published)"
+        table.add_row(row.name, f"{max(row.peak_by_rank):.3g}", f"{row.bubble:.1%}{mark}")
+    return table
