@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from memopt import kernels
 from memopt.kernels import Quantized, State, Update
-from memopt.optim import sharding
-from memopt.optim.formats.base import StateFormat
+from memopt.optim import kahan, sharding
+from memopt.optim.formats.base import Plain, StateFormat
 from memopt.optim.formats.fp32 import FORMAT as FP32
 from memopt.optim.layout import Extent, Shape, as_rows
 
@@ -43,7 +43,9 @@ class Slot:
     stored: dict[str, Any]
 
     def kept(self, spec: State) -> tuple[StateFormat, Extent]:
-        """How a state is stored: as the slot says, or in fp32 in a shape of its own."""
+        """How a state is stored: as the slot says; a compensation in the parameter's type; in fp32 a small state."""
+        if spec is kahan.COMPENSATION:
+            return Plain("compensation", self.param.dtype), self.extent
         if not isinstance(spec, SmallState):
             return self.format, self.extent
         local = self.extent.local
@@ -89,7 +91,8 @@ class Slot:
         """A tensor of a state's local shape, layout and device whose values do not matter."""
         local = sharding.local_of(self.param)
         _, extent = self.kept(spec)
-        return local if extent.local == tuple(local.shape) else local.new_empty(extent.local)
+        alike = extent.local == tuple(local.shape) and spec is not kahan.COMPENSATION  # which is written through views
+        return local if alike else local.new_empty(extent.local)
 
     def whole(self, spec: State, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tensors of one state as they are stored: of a sharded parameter, DTensors of the whole state."""
@@ -158,7 +161,15 @@ class Batch:
         params = [slot.rows(local) for slot, local in zip(self.slots, locals_, strict=True)]
         inputs = self.grads if grads is None else grads
         kept_by = self.slots[0].format
-        given = {} if given is None else given
+        given = {} if given is None else dict(given)
+        rounding = self.group["param_rounding"]
+        if rounding == "kahan":
+            rounding = "nearest"
+            dtype = locals_[0].dtype
+            if kahan.applies("kahan", dtype):
+                update = kahan.compensated(update, dtype)
+                name = kahan.COMPENSATION.name
+                given[name] = [cast(Tensor, slot.held[name]) for slot in self.slots]
         sums = kernels.step(
             update,
             params,
@@ -175,8 +186,16 @@ class Batch:
             step=self.step,
             numbers=[slot.number for slot in self.slots],
             offsets=[sharding.offset_of(slot.param) for slot in self.slots],
-            roundings=["nearest" if spec.name in given else kept_by.rounding(spec) for spec in update.states],
-            param_rounding=self.group["param_rounding"],
+            roundings=[
+                # a compensation rounded to nearest would itself lose what is far below its spacing
+                "stochastic"
+                if spec is kahan.COMPENSATION
+                else "nearest"
+                if spec.name in given
+                else kept_by.rounding(spec)
+                for spec in update.states
+            ],
+            param_rounding=rounding,
         )
         for local, param in zip(locals_, params, strict=True):
             if param.data_ptr() != local.data_ptr():  # a flat copy, of a parameter that is not contiguous

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import State
-from memopt.optim import checkpoint, checks, sharding
+from memopt.optim import checkpoint, checks, kahan, sharding
 from memopt.optim.batch import Batch, Slot
 from memopt.optim.coverage import All, Coverage
 from memopt.optim.formats import StateFormat, get_format
@@ -17,7 +17,7 @@ from memopt.optim.layout import MIN_LOW_BIT_SIZE, Extent, is_flat
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
-PARAM_ROUNDINGS = ("nearest", "stochastic")
+PARAM_ROUNDINGS = ("nearest", "stochastic", "kahan")
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -29,8 +29,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         state: how states are kept: a name (``"fp32"``, ``"bf16"``, ``"8bit"``, ...) or a ``StateFormat``. Parameters of
             fewer than 4096 elements (of the global shape) keep fp32 states in every low-bit format.
         maximize: climb instead of descend.
-        param_rounding: how new values are rounded where parameters are bf16 or fp16: ``"nearest"`` or ``"stochastic"``
-            (unbiased: small updates are not lost on average).
+        param_rounding: how new values are rounded where parameters are bf16 or fp16: ``"nearest"``, ``"stochastic"``
+            (unbiased: small updates are not lost on average), or ``"kahan"`` (what is lost is kept in a state of the
+            parameter's type and given back, 2 bytes a parameter).
         seed: seed of the stochastic rounding, which depends on nothing but this seed, the step, the parameter's
             position and the element's index.
         skip_nonfinite: when any gradient holds a NaN or an infinity, change nothing and count the step in
@@ -187,7 +188,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             # one flat row, whose blocks would not end where the parts do: every rank keeps the whole state
             param = sharding.stand_in(param)
             extent = Extent(tuple(param.shape), tuple(param.shape))
-        return Slot(param, number, extent, self.states(group, param), chosen, stored)
+        specs = self.states(group, param)
+        if kahan.applies(group["param_rounding"], param.dtype):
+            specs = (*specs, kahan.COMPENSATION)
+        return Slot(param, number, extent, specs, chosen, stored)
 
     def initial_values(self, group: Mapping[str, Any]) -> Mapping[str, float]:
         """What states start from where that is not 0."""

@@ -210,7 +210,7 @@ def test_every_class_is_offered_and_documented() -> None:
         ({"betas": (0.9,)}, ValueError, r"betas is \(0.9,\); it must be 2 numbers"),
         ({"eps": float("nan")}, ValueError, "eps is nan"),
         ({"weight_decay": -1}, ValueError, "weight_decay is -1"),
-        ({"param_rounding": "up"}, ValueError, "'up'; it must be one of 'nearest', 'stochastic'"),
+        ({"param_rounding": "up"}, ValueError, "'up'; it must be one of 'nearest', 'stochastic', 'kahan'"),
         ({"maximize": 1}, TypeError, "maximize is 1; it must be True or False"),
         ({"seed": -1}, ValueError, "seed is -1"),
         ({"wd": 0.1}, TypeError, "wd"),
