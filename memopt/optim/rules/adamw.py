@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memopt.kernels import State, Update
 from memopt.kernels.math import maximum, sqrt
-from memopt.optim import checks
+from memopt.optim import checks, spikes
 from memopt.optim.batch import Batch
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 
@@ -77,6 +77,9 @@ class AdamW(RuleOptimizer):
         eps: added to the root of the second moment.
         weight_decay: share of each parameter, times ``lr``, taken off every step.
         amsgrad: use the largest second moment seen so far; one state more.
+        spike_threshold: limit each gradient's square to so many times its second moment (SPAM: 5000); None: no limit.
+        reset_every: start the moments anew after so many steps (SPAM: 500); None: never. Not with ``amsgrad``.
+        reset_warmup: steps over which the learning rate then returns along a cosine.
         **common: ``state`` and the other options of :class:`memopt.optim.RuleOptimizer`.
 
     State: 8 bytes a parameter in fp32, 2.03 in 8bit, 1.06 in 4bit; half as much again with ``amsgrad``.
@@ -93,22 +96,31 @@ class AdamW(RuleOptimizer):
         weight_decay: float = 1e-2,
         *,
         amsgrad: bool = False,
+        spike_threshold: float | None = None,
+        reset_every: int | None = None,
+        reset_warmup: int = 150,
         **common: Any,
     ) -> None:
-        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        own |= {"spike_threshold": spike_threshold, "reset_every": reset_every, "reset_warmup": reset_warmup}
         super().__init__(params, own, **common)
 
     def check(self, group: Mapping[str, Any]) -> None:
         checks.non_negative(group, "lr", "eps", "weight_decay")
         checks.fractions(group, "betas", 2)
         checks.flag(group, "amsgrad")
+        spikes.check(group)
+        if group["amsgrad"] and group["reset_every"] is not None:
+            raise ValueError("reset_every starts the moments anew, amsgrad never lets them fall: choose one of them")
 
     def _update(self, group: Mapping[str, Any]) -> Update:
-        return ADAMW_AMSGRAD if group["amsgrad"] else ADAMW
+        update = ADAMW_AMSGRAD if group["amsgrad"] else ADAMW
+        return update if group["spike_threshold"] is None else spikes.clipped(update)
 
     def states(self, group: Mapping[str, Any], param: Tensor) -> tuple[State, ...]:
         return self._update(group).states
 
     def update(self, batch: Batch) -> None:
         group = batch.group
-        batch.run(self._update(group), adam_scalars(group, batch.step, batch.grad_scale))
+        scalars = adam_scalars(group, spikes.since_reset(group, batch.step), batch.grad_scale)
+        batch.run(self._update(group), spikes.adjusted(scalars, group, batch.step))
