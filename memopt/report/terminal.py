@@ -142,7 +142,7 @@ def placement_page(placement: Placement, buffers: int, capacity: int | None) -> 
 
 
 def fit_page(found: Fit) -> Table:
-    """What ``memopt plan --fit`` found: no other choice beats these in both peak and seconds; the chosen one is bold."""
+    """What ``memopt plan --fit`` found: no other choice beats these in peak and seconds; the chosen one is bold."""
     table = Table(title="Peak against seconds per step: what no other choice beats in both", title_justify="left")
     for heading in ("changes", "peak", "seconds per step", "fits"):
         table.add_column(heading, justify="left" if heading == "changes" else "right")
