@@ -86,8 +86,13 @@ def _pieces(request: StepRequest, i: int) -> Iterator[tuple[StepRequest, list[tu
                 states=states,
                 offsets=[request.offsets[i] + first * width],
             ),
-            [(old, new) for old, new in copied if old.data_ptr() != new.data_ptr()],
+            [(old, new) for old, new in copied if old.data_ptr() != new.data_ptr() and not _is_broadcast(old)],
         )
+
+
+def _is_broadcast(tensor: Tensor) -> bool:
+    """Whether elements share memory: an operand that rules read and never write."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def cut(state: Quantized, codec: Codec, first: int, last: int) -> Quantized:
