@@ -30,7 +30,12 @@ def mix64(x: int) -> int:
 
 def base_key(seed: int, step: int, number: int) -> int:
     """The 64-bit key of one parameter in one step."""
-    return mix64(mix64(mix64(seed & MASK64) ^ (step & MASK64)) ^ (number & MASK64))
+    return mix64(step_key(seed, step) ^ (number & MASK64))
+
+
+def step_key(seed: int, step: int) -> int:
+    """What the keys of all parameters share in one step."""
+    return mix64(mix64(seed & MASK64) ^ (step & MASK64))
 
 
 def row_keys(base: int, row_start: int, draw: int) -> tuple[int, int]:

@@ -73,11 +73,15 @@ def quantize_blockwise(
     check_floating("x", x)
     check_rounding(rounding)
     arguments = (x, codec, rounding, seed, step, number, offset)
-    answer = None
-    if choose_backend(x.device) == "native":
-        from memopt.kernels.native import quantize as native
+    backend, answer = choose_backend(x.device), None
+    if backend == "native":
+        from memopt.kernels.native.quantize import quantize as native
 
-        answer = native.quantize(*arguments)
+        answer = native(*arguments)
+    elif backend == "triton":
+        from memopt.kernels.gpu.quantize import quantize as triton
+
+        answer = triton(*arguments)
     codes, scales = answer or quantize_torch.quantize(*arguments)
     return Quantized(codes, scales, tuple(x.shape), codec)
 
@@ -99,11 +103,17 @@ def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32, ou
         raise ValueError(
             f"out must be contiguous {q.shape} on {q.codes.device}, got {tuple(out.shape)} on {out.device}"
         )
-    if choose_backend(q.codes.device) == "native":
-        from memopt.kernels.native import quantize as native
+    backend, done = choose_backend(out.device), False
+    if backend == "native":
+        from memopt.kernels.native.quantize import dequantize as native
 
-        if native.dequantize(q.codes, q.scales, q.codec, out):
-            return out
+        done = native(q.codes, q.scales, q.codec, out)
+    elif backend == "triton":
+        from memopt.kernels.gpu.quantize import dequantize as triton
+
+        done = triton(q.codes, q.scales, q.codec, out)
+    if done:
+        return out
     return out.copy_(quantize_torch.dequantize(q.codes, q.scales, q.shape, q.codec))
 
 

@@ -38,6 +38,16 @@ class StepRequest:
         return tuple(c.block for c in self.codecs if c is not None) or (1,)
 
 
+def mark_written(request: StepRequest, members: Sequence[int]) -> None:
+    """Tells autograd that a kernel has changed what the rule writes, as an in-place operation of torch would."""
+    *states, param = request.update.writes()
+    changed = [request.params[i] for i in members] if param else []
+    for stored, written in zip(request.states, states, strict=True):
+        for state in (stored[i] for i in members if written):
+            changed += [state.codes, state.scales] if isinstance(state, Quantized) else [state]
+    torch.autograd.graph.increment_version(changed)
+
+
 def check(request: StepRequest) -> None:
     """Raises ValueError or TypeError that names the argument, before anything is changed."""
     update, count = request.update, len(request.params)

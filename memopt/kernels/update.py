@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+from memopt.kernels.expr import element, scalar
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,15 @@ class Update:
                 f"got {len(new_states)} and {len(sums)}"
             )
         return new_p, tuple(new_states), tuple(sums)
+
+    def writes(self) -> tuple[bool, ...]:
+        """For each state, and last for the parameter, whether a step changes it."""
+        return _writes(self)
+
+
+@functools.lru_cache(maxsize=256)
+def _writes(update: Update) -> tuple[bool, ...]:
+    p, states = element("p"), tuple(element(s.name) for s in update.states)
+    scalars = SimpleNamespace(**{name: scalar(name) for name in update.scalars})
+    new_p, new_states, _ = update.apply(p, element("g"), states, scalars)
+    return (*(new is not old for new, old in zip(new_states, states, strict=True)), new_p is not p)

@@ -47,12 +47,10 @@ def mix64(x):
 
 
 @triton.jit
-def base_key(seed, step, number):
-    """The key of one parameter in one step; uint64 (1,)."""
+def base_key(step_key, number):
+    """The key of one parameter in the step that has this key; uint64 (1,)."""
     nothing = tl.zeros([1], tl.uint64)
-    key = mix64(nothing + seed.to(tl.uint64))
-    key = mix64(key ^ (nothing + step.to(tl.uint64)))
-    return mix64(key ^ (nothing + number.to(tl.uint64)))
+    return mix64((nothing + step_key.to(tl.uint64)) ^ (nothing + number.to(tl.uint64)))
 
 
 @triton.jit

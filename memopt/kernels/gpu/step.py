@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.kernels import step_torch
+from memopt.kernels import hashing, step_torch
 from memopt.kernels.backend import interpreting
 from memopt.kernels.blocks import Blocks, blocks_of
-from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr
 from memopt.kernels.gpu.printer import load_source
 from memopt.kernels.gpu.step_source import step_source
 from memopt.kernels.native.cpp import evaluate
 from memopt.kernels.native.step_source import StepKind
 from memopt.kernels.quantized import Quantized
-from memopt.kernels.request import StepRequest
+from memopt.kernels.request import StepRequest, mark_written
 
 PLAIN_BLOCK = 256
 TILE = 1024  # elements of a program
@@ -60,19 +59,13 @@ def _launch(kind: StepKind, request: StepRequest, members: list[int]) -> Tensor:
     for (width, whole), pieces, lengths in launches:
         partial = torch.empty(len(pieces), count, device=device)
         kernel[(len(pieces),)](
-            table, pieces, tables, partial, _signed(request.seed), _signed(request.step), *values,
+            table, pieces, tables, partial, _signed(hashing.step_key(request.seed, request.step)), *values,
             R=max(1, _tile() // width), BLOCK=block, WIDTH=width, WHOLE=whole, INTERPRET=interpreting(),
             num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         if count:
             totals += torch.segment_reduce(partial.double(), "sum", lengths=lengths)
-    changed: list[Tensor] = []
-    for i in members:
-        changed.append(request.params[i])
-        for stored in request.states:
-            state = stored[i]
-            changed += [state.codes, state.scales] if isinstance(state, Quantized) else [state]
-    torch.autograd.graph.increment_version(changed)
+    mark_written(request, members)
     return totals
 
 
@@ -109,7 +102,7 @@ def _tables(
         blocks = blocks_of(shape, block)
         whole = blocks.per_row if blocks.last == block else blocks.per_row - 1
         rows += [blocks.row_length, blocks.per_row, whole, offset, number, *pointers]
-        aligned = all(p % 16 == 0 for p in pointers) and (blocks.rows == 1 or blocks.row_length % 16 == 0)
+        aligned = all(p % 16 == 0 for p in pointers) and (blocks.rows == 1 or blocks.row_length % 32 == 0)
         _cut(task, blocks, whole, aligned, pieces)
     launches = []
     for key, numbers in pieces.items():

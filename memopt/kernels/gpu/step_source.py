@@ -62,8 +62,8 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], list[float]]:
         )
     arguments = "".join(f"U{i}, " for i in range(len(printer.uniforms)))
     text = (
-        f"{IMPORTS}{codecs}@triton.jit(do_not_specialize=['seed', 'step'])\n"
-        f"def kernel(table, pieces, tables, sums, seed, step, {arguments}R: tl.constexpr, BLOCK: tl.constexpr, "
+        f"{IMPORTS}{codecs}@triton.jit(do_not_specialize=['step_key'])\n"
+        f"def kernel(table, pieces, tables, sums, step_key, {arguments}R: tl.constexpr, BLOCK: tl.constexpr, "
         "WIDTH: tl.constexpr, WHOLE: tl.constexpr, INTERPRET: tl.constexpr):\n"
     )
     return text + "".join(f"    {line}\n" for line in body), printer.uniforms, tables
@@ -76,15 +76,17 @@ def _opening(kind: StepKind) -> list[str]:
     lines.append(f"entry = table + task.to(tl.int64) * {stride}")
     lines += [f"{name} = tl.load(entry + {i})" for i, name in enumerate(COLUMNS[:5])]
     lines += [
-        "block = first + tl.arange(0, R)[:, None].to(tl.int64)",
-        "row = tl.where(last_of_row != 0, block, block // tl.maximum(whole_per_row, 1))",
-        "at = tl.where(last_of_row != 0, per_row - 1, block % tl.maximum(whole_per_row, 1))",
+        "block = first + tl.arange(0, R)[:, None]",
+        "in_row = tl.maximum(whole_per_row, 1).to(tl.int32)",
+        "row = tl.where(last_of_row != 0, block, block // in_row).to(tl.int64)",
+        "at = tl.where(last_of_row != 0, per_row - 1, block % in_row)",
         "length = tl.where(last_of_row != 0, cols - (per_row - 1) * BLOCK, BLOCK)",
         "lane = tl.arange(0, WIDTH)[None, :]",
         "inside = (lane < length) & (block < first + count)",
         "mask = None if WHOLE else inside",
         "one = None if WHOLE else block < first + count",
-        "place = row * cols + at * BLOCK + lane",
+        "origin = row * cols + at * BLOCK",
+        "place = (tl.multiple_of(origin, (1, 16)) if WHOLE else origin) + lane",
         "block_number = row * per_row + at",
     ]
     dtypes = [kind.param, kind.grad]
@@ -120,7 +122,9 @@ def _loads(kind: StepKind) -> list[str]:
                 "half = (length + 1) // 2",
                 "row_bytes = (per_row - 1) * ((BLOCK + 1) // 2) + (cols - (per_row - 1) * BLOCK + 1) // 2",
                 "bytes_at = row * row_bytes + at * ((BLOCK + 1) // 2)",
-                f"c{j} = tl.load(data{j} + bytes_at + tl.where(lane < half, lane, lane - half), mask=mask).to(tl.int32)",
+                "bytes_at = tl.multiple_of(bytes_at, (1, 16)) if WHOLE else bytes_at",
+                "low_lane = lane % (WIDTH // 2) if WHOLE else tl.where(lane < half, lane, lane - half)",
+                f"c{j} = tl.load(data{j} + bytes_at + low_lane, mask=mask).to(tl.int32)",
                 f"c{j} = tl.where(lane < half, c{j} & 15, c{j} >> 4)",
             ]
         lines += [
@@ -132,7 +136,7 @@ def _loads(kind: StepKind) -> list[str]:
 
 def _words(kind: StepKind) -> list[str]:
     draws = sorted({slot // 2 for slot in kind.noisy})
-    lines = ["base = base_key(seed, step, number)", "row_start = start + row * cols"] if draws else []
+    lines = ["base = base_key(step_key, number)", "row_start = start + row * cols"] if draws else []
     return lines + [f"w{draw} = random_words(base, row_start, at * BLOCK + lane, {draw})" for draw in draws]
 
 
@@ -150,7 +154,8 @@ def _store_state(kind: StepKind, j: int, name: str) -> list[str]:
     lines = [
         f"kept{j} = tl.where(inside, {name}, 0.0)",
         f"size{j} = kept{j}.to(tl.int32, bitcast=True) & 0x7FFFFFFF",
-        f"scale{j}, lift{j}, inverse{j} = scale_of(tl.max(size{j}, 1, keep_dims=True), {stored.top(kind.roundings[j])!r})",
+        f"largest{j} = tl.max(size{j}, 1, keep_dims=True)",
+        f"scale{j}, lift{j}, inverse{j} = scale_of(largest{j}, {stored.top(kind.roundings[j])!r})",
         f"tl.store(scales{j} + block_number, scale{j}, mask=one)",
         f"kept{j} = tl.where(lift{j} == 0.0, 0.0, kept{j} * lift{j})",
         f"n{j} = {noise if j in kind.noisy else '0.0'}",

@@ -18,7 +18,7 @@ from memopt.kernels.expr import Expr
 from memopt.kernels.native.cpp import evaluate
 from memopt.kernels.native.step_source import StepKind, step_source
 from memopt.kernels.quantized import Quantized
-from memopt.kernels.request import StepRequest
+from memopt.kernels.request import StepRequest, mark_written
 
 _Kernel = tuple[Callable[..., None], list[Expr]]
 
@@ -88,12 +88,7 @@ def _launch(kernel: _Kernel, request: StepRequest, members: list[int]) -> Tensor
     table = array("q", fields)
     sums = torch.zeros(len(members), len(request.update.reductions), dtype=torch.float64)
     function(table.buffer_info()[0], len(members), values.buffer_info()[0], sums.data_ptr(), native_build.threads())
-    changed = [request.params[i] for i in members]
-    for stored in request.states:
-        for i in members:
-            state = stored[i]
-            changed += [state.codes, state.scales] if isinstance(state, Quantized) else [state]
-    torch.autograd.graph.increment_version(changed)
+    mark_written(request, members)
     return sums
 
 
