@@ -11,7 +11,9 @@ import torch
 from memopt.kernels.blocks import Blocks, blocks_of
 
 NOISE = 2.0**-32  # noise is a signed 32-bit integer as float32
-BIAS = 2.0**23  # adding it rounds a float32 to a whole number, which is then its low bits
+# Adding it to a float32 below 2**22 rounds that to a whole number, which is then in its low bits; not 2**23, because
+# the sum must stay clear of the change of spacing there.
+BIAS = 1.5 * 2.0**23
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ class SignedSquare(Codec):
 
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
         k = _nearest_root(km.abs(x) * inverse, self.last) if noise is None else _random_root(km.abs(x), inverse, noise)
-        # Not BIAS alone: just below it the spacing is 1/2, and -k + last may lie between -1/2 and 0.
-        return km.copysign(k, x) + (1.5 * BIAS + self.last)
+        return km.copysign(k, x) + (BIAS + self.last)
 
     def decode(self, code: Any, scale: Any) -> Any:
         y = (code - float(self.last)) * (km.sqrt(scale) * (1.0 / self.last))
@@ -85,25 +84,28 @@ class FourthRoot(Codec):
         return float(self.last**4)
 
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
-        a = km.maximum(x * inverse, 1.0)
+        a = km.maximum(x * inverse, 1.0 + 2.0**-20)  # above every turn below 1
         if noise is None:
             a = km.minimum(a, self.unit)
-        # Rounding t - 3/2 gives floor(t) - 1 or, by an error of the root, a neighbour: then a is next to that power,
-        # and the comparison below still ends on the right side of it.
-        code = km.root4(a) + (BIAS - 1.5)
+        # 2**23 plus t - 1/2 rounds to 2**23 + floor(t) or, by an error of the root, to a neighbour of it: then a is
+        # next to that power, and the comparison below still ends on the right side.
+        k = km.root4(a) + (_UNIT_SPACING - 0.5)
         # With h = k + 1/2: (k**4 + (k+1)**4) / 2 = h**4 + 3/2 h**2 + 1/16 and (k+1)**4 - k**4 = h (4 h**2 + 1).
-        h = code - (BIAS - 1.5)
+        h = k - (_UNIT_SPACING - 0.5)
         square = h * h
         turn = km.fma(square, square + 1.5, 0.0625)
         if noise is not None:
             turn = km.fma(noise * h, km.fma(square, 4.0 * NOISE, NOISE), turn)
-        return km.where(a > turn, code + 1.0, code)
+        return km.where(a > turn, k, k - 1.0)
 
     def decode(self, code: Any, scale: Any) -> Any:
         cell = km.sqrt(km.sqrt(scale)) * (1.0 / self.last)
         y = km.fma(code, cell, cell)
         square = y * y
         return square * square
+
+
+_UNIT_SPACING = 2.0**23  # float32 numbers from here on are whole; their low bits count from 0 here too
 
 
 def _nearest_root(a: Any, last: int) -> Any:

@@ -1,0 +1,133 @@
+"""What the tests of quantisers and of the fused step share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.kernels import Codec, Quantized, State, Update, dequantize_blockwise, get_codec, quantize_blockwise, step
+from memopt.kernels import math as km
+
+SCALARS = {"lr": 1e-2, "lr_hat": 1.3e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": 0.05}
+
+
+def _adamw(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...]]:
+    m = s.beta1 * states[0] + (1 - s.beta1) * g
+    v = s.beta2 * states[1] + (1 - s.beta2) * g * g
+    return p * (1 - s.lr * s.decay) - s.lr_hat * m / (km.sqrt(v) + s.eps), (m, v)
+
+
+def _summing(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    m = s.beta1 * states[0] + (1 - s.beta1) * g
+    return p, (m,), (p * p, km.abs(m))
+
+
+def _everything(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...]]:
+    x = km.clamp(km.exp(km.minimum(g, 2.0)) + km.log(km.abs(p) + 1.0) - km.floor(3.0 * p), -50.0, 50.0)
+    y = km.where((p > 0.0) & ~(g < 0.1) | (p >= 2.0), km.rsqrt(km.abs(g) + s.eps), km.sign(g) * km.copysign(p, -g))
+    z = (
+        km.fma(x, 0.5, km.maximum(y, -3.0))
+        + km.root4(km.abs(p))
+        + km.take((1.0, 2.0, 4.0), km.where(g <= 0.0, 2.0, 0.0))
+    )
+    return z - km.where(km.abs(p) != 0.25, km.sqrt(s.lr) / 2, -p), (states[0],)
+
+
+ADAMW = Update("adamw", (State("m"), State("v", signed=False)), tuple(SCALARS), _adamw)
+SUMMING = Update("summing", (State("m"),), ("beta1",), _summing, reductions=("squares", "moments"))
+EVERYTHING = Update("everything", (State("unused"),), ("lr", "eps"), _everything)
+ODD_SHAPES = [(5, 300), (7,), (0,), (), (3, 700), (2, 3, 5), (1000,), (4, 0), (33, 256), (3, 1023), (257,), (2, 511)]
+
+Kind = str | torch.dtype  # a codec's name, or the dtype of a plain state
+
+
+def zeros(shape: Sequence[int], kind: Kind) -> Tensor | Quantized:
+    """A state of zeros."""
+    return Quantized.zeros(tuple(shape), kind) if isinstance(kind, str) else torch.zeros(shape, dtype=kind)
+
+
+def codec_of(kind: Kind) -> Codec | None:
+    """What ``step`` wants for such a state."""
+    return get_codec(kind) if isinstance(kind, str) else None
+
+
+def value(state: Tensor | Quantized) -> Tensor:
+    """A state as float32."""
+    return dequantize_blockwise(state) if isinstance(state, Quantized) else state.float()
+
+
+def run_adamw(
+    shapes: Sequence[Sequence[int]],
+    kinds: Sequence[Kind],
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    steps: int = 3,
+    **options: Any,
+) -> tuple[list[Tensor], list[list[Tensor | Quantized]]]:
+    """Parameters and states after some steps on fixed random gradients."""
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    states = [[zeros(shape, kind) for shape in shapes] for kind in kinds]
+    for number in range(steps):
+        grads = [torch.randn(shape, generator=generator).to(grad_dtype or dtype) for shape in shapes]
+        step(ADAMW, params, grads, states, [codec_of(k) for k in kinds], SCALARS, seed=7, step=number, **options)
+    return params, states
+
+
+def data_families(shape: Sequence[int], signed: bool) -> dict[str, Tensor]:
+    """Normal, heavy-tailed, subnormal, constant, zero and mixed data."""
+    normal = torch.randn(shape)
+    families = {
+        "normal": normal,
+        "heavy": normal / torch.rand(shape).pow(3).clamp_min(1e-9),
+        "small": normal * 1e-30,
+        "subnormal": normal * 1e-39,
+        "constant": torch.full(shape, -0.37),
+        "zero": torch.zeros(shape),
+        "spread": normal * torch.logspace(-38, 30, normal.numel()).reshape(shape),
+    }
+    return families if signed else {name: x.abs() for name, x in families.items()}
+
+
+def brute_force_excess(x: Tensor, q: Quantized) -> Tensor:
+    """How much further each decoded value is than the nearest one, in float64, beyond rounding of the arithmetic.
+
+    A value that is the fourth power of a thrice rounded root and of two products is off by at most 4 * 3 + 2 roundings
+    of 2**-24, and x / scale by 2; subnormal values by two units of the smallest.
+    """
+    codec = q.codec
+    levels = codec.values().double()
+    if codec.name == "dynamic8u":  # a value above zero never takes the code of zero
+        levels = levels.clone()
+        levels[0] = levels[1]
+    if codec.name == "e4m3":
+        levels = levels[levels.abs() <= 1]
+    index = codec.blocks(x.shape).index()
+    scales = q.scales.reshape(-1, q.scales.shape[-1])[:, index].double()
+    wanted = x.double().reshape(scales.shape)
+    best = torch.stack([(wanted - level * scales).abs() for level in levels.unique()]).amin(0)
+    best = torch.where(wanted == 0, torch.minimum(best, wanted.abs()), best)
+    if codec.name != "dynamic8u":
+        best = torch.where(wanted == 0, (levels.abs().amin() * scales), best)
+    decoded = dequantize_blockwise(q).double().reshape(scales.shape)
+    return (decoded - wanted).abs() - best - 16 * 2.0**-24 * torch.maximum(wanted.abs(), decoded.abs()) - 3e-45
+
+
+def neighbours_differ(a: Quantized, b: Quantized) -> float:
+    """The share of elements whose codes differ, after checking that they differ by neighbouring values only."""
+    levels = a.codec.values().unique()
+    x, y = value(a), value(b)
+    differ = x != y
+    if differ.any():
+        scale = a.scales.reshape(-1, a.scales.shape[-1])[:, a.codec.blocks(a.shape).index()].reshape(x.shape)
+        place = [torch.bucketize((t / scale)[differ] * (1 - 1e-5), levels) for t in (x, y)]
+        assert (place[0] - place[1]).abs().max() <= 1
+    return differ.float().mean().item() if x.numel() else 0.0
+
+
+def requantized(x: Tensor, name: str, **options: Any) -> Quantized:
+    """``quantize_blockwise``, of magnitudes where the codec is unsigned."""
+    return quantize_blockwise(x if get_codec(name).signed else x.abs(), name, **options)

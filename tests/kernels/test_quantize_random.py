@@ -1,0 +1,110 @@
+"""Stochastic rounding: unbiased within derived bounds, and the same whatever the sharding and the threads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from memopt.kernels import codec_names, dequantize_blockwise, get_codec, hashing, quantize_blockwise
+from tests.kernels.step_cases import neighbours_differ, requantized
+
+
+@pytest.fixture(params=("torch", "native"))
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_KERNELS", request.param)
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("name", codec_names())
+def test_unbiased(name: str) -> None:
+    """The mean of N roundings of x lies within 5 standard errors of x, plus the bias the estimates of roots may add.
+
+    With neighbours w apart the variance is at most w**2 / 4, so a standard error is at most w / (2 sqrt(N)). Errors
+    of 2**-13 in a fourth root near 256 shift the turn by at most 2**-5 of a cell, where x is that near to a value.
+    """
+    codec = get_codec(name)
+    levels = codec.values().unique()
+    levels = levels[(levels >= 0) & (levels <= 1)]
+    for x in (0.9, 0.73, 0.31, 0.11, 0.017, 0.0021):
+        above = int(torch.searchsorted(levels, torch.tensor(x)))
+        if above == 0 or above == levels.numel():
+            continue  # below the first value of a map without zero: rounds up to it
+        width = (levels[above] - levels[above - 1]).item()
+        for sign in (1.0, -1.0) if codec.signed and x < 0.7 else (1.0,):
+            rows = torch.full((80, codec.block), sign * x)
+            rows[:, 0] = 1.0
+            drawn = dequantize_blockwise(quantize_blockwise(rows, name, rounding="stochastic", seed=3))[:, 1:]
+            assert drawn.unique().numel() <= 2
+            bound = 5 * width / (2 * math.sqrt(drawn.numel())) + width * 2.0**-5 * (name == "root4") + 2e-6 * x
+            assert abs(drawn.double().mean().item() - sign * x) <= bound
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("name", codec_names())
+def test_rows_may_be_sharded(name: str) -> None:
+    x = torch.randn(9, 700)
+    options = {"rounding": "stochastic", "seed": 5, "step": 2, "number": 4}
+    whole = requantized(x, name, offset=2**32 - 2000, **options)
+    for first, last in ((0, 4), (4, 5), (5, 9)):
+        part = requantized(x[first:last], name, offset=2**32 - 2000 + 700 * first, **options)
+        assert torch.equal(part.codes, whole.codes[first:last])
+        assert torch.equal(part.scales, whole.scales[first:last])
+
+
+@pytest.mark.usefixtures("_backend")
+def test_every_key_matters() -> None:
+    x = torch.randn(4, 512)
+    first = quantize_blockwise(x, "sq15", rounding="stochastic").codes
+    for change in ({"seed": 1}, {"step": 1}, {"number": 1}, {"offset": 512}, {"offset": 2**32}):
+        other = quantize_blockwise(x, "sq15", rounding="stochastic", **change).codes
+        assert 0.2 < (other != first).float().mean() < 0.95
+    assert torch.equal(quantize_blockwise(x, "sq15", rounding="stochastic").codes, first)
+
+
+@pytest.mark.parametrize("name", codec_names())
+def test_native_follows_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(40, 1000)
+    drawn = []
+    for backend in ("torch", "native"):
+        monkeypatch.setenv("MEMOPT_KERNELS", backend)
+        drawn.append(requantized(x, name, rounding="stochastic", seed=1))
+    assert torch.equal(drawn[0].scales, drawn[1].scales)
+    assert neighbours_differ(*drawn) < 1e-3  # where an estimate of a root decides
+
+
+def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_KERNELS", "native")
+    x, codes = torch.randn(300, 1000), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            codes.append(quantize_blockwise(x, "sq127", rounding="stochastic").codes)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(codes[0], codes[1])
+    assert torch.equal(codes[0], codes[2])
+
+
+def test_words_are_uniform_and_independent() -> None:
+    """Chi-square of 64 bins below its mean 63 plus 6 standard deviations sqrt(126); correlations below 6 / sqrt(N)."""
+    n = 1 << 16
+    words = {}
+    for step in (0, 1):
+        for slot in (0, 1, 2):
+            base = hashing.base_key(11, step, 3)
+            words[step, slot] = hashing.words(base, 0, 1, n, slot, torch.device("cpu")).flatten()
+    for word in words.values():
+        counts = torch.bincount(word >> 26, minlength=64).double()
+        assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 63 + 6 * math.sqrt(126)
+        low = torch.bincount((word >> 16) & 63, minlength=64).double()
+        assert ((low - n / 64) ** 2 / (n / 64)).sum() < 63 + 6 * math.sqrt(126)
+    centred = {k: (w.double() / 2**32 - 0.5) * math.sqrt(12) for k, w in words.items()}
+    keys = list(centred)
+    for i, a in enumerate(keys):
+        for lag in (1, 2, 16, 256, 512):
+            assert abs((centred[a][lag:] * centred[a][:-lag]).mean()) < 6 / math.sqrt(n)
+        for b in keys[i + 1 :]:
+            assert abs((centred[a] * centred[b]).mean()) < 6 / math.sqrt(n)

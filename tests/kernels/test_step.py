@@ -1,0 +1,253 @@
+"""The fused step: every implementation against the torch oracle and the oracle against float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from memopt.kernels import Quantized, codec_names, get_codec, quantize_blockwise, step
+from tests.kernels.step_cases import (
+    ADAMW,
+    EVERYTHING,
+    ODD_SHAPES,
+    SCALARS,
+    SUMMING,
+    Kind,
+    codec_of,
+    neighbours_differ,
+    run_adamw,
+    value,
+    zeros,
+)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=("torch", "native"))
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_KERNELS", request.param)
+
+
+def both(monkeypatch: pytest.MonkeyPatch, *args: object, **options: object) -> list[tuple]:  # type: ignore[type-arg]
+    results = []
+    for backend in ("torch", "native"):
+        monkeypatch.setenv("MEMOPT_KERNELS", backend)
+        results.append(run_adamw(*args, **options))  # type: ignore[arg-type]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype", "grad_dtype", "param_rounding"),
+    [
+        (("sq127", "root4"), F32, F32, "nearest"),
+        (("sq15", "sqrt"), BF16, F32, "stochastic"),
+        (("dynamic8", "dynamic8u"), BF16, BF16, "nearest"),
+        (("de4", "linear4"), F32, F32, "nearest"),
+        (("sq127", "sqrt"), F16, F16, "stochastic"),
+        ((F32, F32), F32, BF16, "nearest"),
+        ((BF16, F16), BF16, F16, "stochastic"),
+        (("e4m3", F32), F16, F32, "nearest"),
+    ],
+    ids=str,
+)
+def test_native_follows_the_oracle(
+    kinds: tuple[Kind, Kind], dtype: torch.dtype, grad_dtype: torch.dtype, param_rounding: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = {"param_rounding": param_rounding, "offsets": [2**32 - 700] * len(ODD_SHAPES), "steps": 1}
+    (params, states), (ours, our_states) = both(monkeypatch, ODD_SHAPES, kinds, dtype, grad_dtype, **options)
+    for p, q in zip(params, ours, strict=True):
+        torch.testing.assert_close(q, p, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    for stored, our_stored in zip(states, our_states, strict=True):
+        for a, b in zip(stored, our_stored, strict=True):
+            if isinstance(a, Quantized):
+                torch.testing.assert_close(b.scales, a.scales, rtol=1e-6, atol=0)
+                assert neighbours_differ(a, b) <= max(
+                    0.004, 1.5 / max(b.codes.numel(), 1) if b.codes.numel() > 99 else 0
+                )
+            else:
+                torch.testing.assert_close(b, a, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-7)
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_plain_states_against_float64(dtype: torch.dtype) -> None:
+    """Error: a dozen float32 roundings, and the rounding of the parameter after every step."""
+    params, states = run_adamw(ODD_SHAPES, (F32, F32), dtype)
+    generator = torch.Generator().manual_seed(1)
+    truth = [torch.randn(shape, generator=generator).to(dtype).double() for shape in ODD_SHAPES]
+    moments = [[torch.zeros(shape, dtype=torch.float64) for shape in ODD_SHAPES] for _ in range(2)]
+    for _ in range(3):
+        for i, shape in enumerate(ODD_SHAPES):
+            g = torch.randn(shape, generator=generator).to(dtype).double()
+            new, (moments[0][i], moments[1][i]) = ADAMW.fn(
+                truth[i], g, (moments[0][i], moments[1][i]), SimpleNamespace(**SCALARS)
+            )
+            truth[i] = new
+    for i in range(len(ODD_SHAPES)):
+        # No parameter was further than 0.1 from where it ends.
+        slack = 3 * 0.51 * torch.finfo(dtype).eps if dtype != F32 else 12 * 2.0**-24
+        torch.testing.assert_close(params[i].double(), truth[i], rtol=slack, atol=0.1 * slack)
+        for j in range(2):
+            torch.testing.assert_close(states[j][i].double(), moments[j][i], rtol=12 * 2.0**-24, atol=1e-7)  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("kinds", [("sq127", "root4"), ("sq15", "sqrt"), (BF16, F32)], ids=str)
+def test_rows_may_be_sharded(kinds: tuple[Kind, Kind]) -> None:
+    """Steps on shards of rows give the same bits as on the whole, stochastic rounding included."""
+    generator = torch.Generator().manual_seed(2)
+    p0 = torch.randn(9, 700, generator=generator).bfloat16()
+    gradients = [torch.randn(9, 700, generator=generator) for _ in range(3)]
+
+    def train(spans: list[tuple[int, int]]) -> list[Tensor]:
+        params = [p0[a:b].clone() for a, b in spans]
+        states = [[zeros(p.shape, kind) for p in params] for kind in kinds]
+        for number, g in enumerate(gradients):
+            step(
+                ADAMW, params, [g[a:b] for a, b in spans], states, [codec_of(k) for k in kinds], SCALARS, seed=3,
+                step=number, numbers=[8] * len(spans), offsets=[2**32 - 1400 + 700 * a for a, _ in spans],
+                param_rounding="stochastic",
+            )  # fmt: skip
+        return [torch.cat(params), *(torch.cat([value(s) for s in stored]) for stored in states)]
+
+    for a, b in zip(train([(0, 9)]), train([(0, 4), (4, 5), (5, 9)]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_KERNELS", "native")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run_adamw([(200, 700), (100000,)], ("sq127", "root4"), steps=2)[0])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("kinds", [("sq127", "root4"), (BF16, F32)], ids=str)
+def test_strides(kinds: tuple[Kind, Kind]) -> None:
+    """Transposed, channels-last, expanded and sliced tensors give what contiguous ones give."""
+    layouts = [
+        lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
+        lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+        lambda x: torch.stack([x, x], -1)[..., 0],
+    ]
+    shapes = [(300, 70), (12, 40, 3, 3), (1000,), ()]
+    generator = torch.Generator().manual_seed(4)
+    p0 = [torch.randn(s, generator=generator) for s in shapes]
+    g0 = [torch.randn(s, generator=generator) for s in shapes]
+    outcomes = []
+    for layout in (lambda x: x, *layouts):
+        params = [layout(p.clone()) for p in p0]
+        strides = [p.stride() for p in params]
+        states = [[zeros(s, kind) if isinstance(kind, str) else layout(torch.zeros(s, dtype=kind)) for s in shapes]
+                  for kind in kinds]  # fmt: skip
+        for number in range(2):
+            step(ADAMW, params, [layout(g) for g in g0], states, [codec_of(k) for k in kinds], SCALARS, step=number)
+        assert [p.stride() for p in params] == strides
+        outcomes.append([*params, *(value(s) for stored in states for s in stored)])
+    for other in outcomes[1:]:
+        for a, b in zip(outcomes[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_every_function_of_a_rule() -> None:
+    p0, g = torch.randn(3, 333), torch.randn(3, 333)
+    p, unused = p0.clone(), torch.zeros(3, 333)
+    version = unused._version
+    step(EVERYTHING, [p], [g], [[unused]], [None], {"lr": 0.3, "eps": 1e-3})
+    scalars = SimpleNamespace(lr=0.3, eps=1e-3)
+    truth = EVERYTHING.fn(p0.double(), g.double(), (unused.double(),), scalars)[0]
+    torch.testing.assert_close(p.double(), truth, rtol=2e-6, atol=2e-6)
+    assert unused._version == version  # a state that the rule returns as it was is not written
+
+
+@pytest.mark.usefixtures("_backend")
+def test_reductions() -> None:
+    params = [torch.randn(s) for s in ODD_SHAPES]
+    before = [p.clone() for p in params]
+    grads = [torch.randn(s) for s in ODD_SHAPES]
+    states = [[zeros(s, "sq127") for s in ODD_SHAPES]]
+    sums = step(SUMMING, params, grads, states, ["sq127"], {"beta1": 0.9})
+    for i, p in enumerate(params):
+        assert torch.equal(p, before[i])
+        torch.testing.assert_close(sums["squares"][i].double(), (p.double() ** 2).sum(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            sums["moments"][i].double(), (0.1 * grads[i].double()).abs().sum(), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.usefixtures("_backend")
+def test_not_finite_gradients_stay_in_their_block() -> None:
+    p, g = torch.zeros(2, 512), torch.ones(2, 512)
+    g[1, 3], g[0, 300] = float("nan"), float("inf")
+    states = [[zeros(p.shape, "sq127")], [zeros(p.shape, "root4")]]
+    step(ADAMW, [p], [g], states, ["sq127", "root4"], SCALARS)
+    for stored in states:
+        bad = value(stored[0]).isnan()
+        assert bad[1, :256].all()
+        assert bad[0, 256:].all()
+        assert not bad[0, :256].any()
+        assert not bad[1, 256:].any()
+    assert p[0, :256].isfinite().all()
+
+
+@pytest.mark.usefixtures("_backend")
+def test_version_counters_and_memory() -> None:
+    p = torch.randn(4, 300, requires_grad=True)
+    loss = (p * p).sum()
+    states = [[zeros(p.shape, "sq127")], [zeros(p.shape, "root4")]]
+    step(ADAMW, [p], [torch.ones(4, 300)], states, ["sq127", "root4"], SCALARS)
+    assert states[0][0].codes._version  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.usefixtures("_backend")
+def test_bad_input_changes_nothing() -> None:
+    p, g = torch.randn(4, 300), torch.randn(4, 300)
+    good = {
+        "params": [p], "grads": [g], "states": [[zeros(p.shape, "sq127")], [torch.zeros(4, 300)]],
+        "codecs": ["sq127", None], "scalars": SCALARS,
+    }  # fmt: skip
+    before = p.clone()
+    cases: list[tuple[dict[str, object], type[Exception], str]] = [
+        ({"grads": []}, ValueError, "grads must have one entry per parameter"),
+        ({"grads": [g[:2]]}, ValueError, r"grads\[0\] must be like params\[0\]"),
+        ({"params": [p.long()]}, ValueError, r"params\[0\] must be float32"),
+        ({"codecs": ["sq127"]}, ValueError, "codecs must have one entry for each of the 2 states"),
+        ({"codecs": ["sq127", "root5"]}, ValueError, "one of .*root4"),
+        ({"codecs": ["sq127", "root4"]}, TypeError, r"states\[1\]\[0\] \(v\) must be Quantized"),
+        ({"codecs": [None, None]}, TypeError, r"states\[0\]\[0\] \(m\) must be a tensor"),
+        ({"codecs": [get_codec("sq127").with_block(100), None]}, ValueError, "scales must be contiguous"),
+        ({"scalars": {"lr": 1.0}}, ValueError, "scalars lacks lr_hat, beta1"),
+        ({"param_rounding": "up"}, ValueError, "'nearest' or 'stochastic'"),
+        ({"offsets": [-1]}, ValueError, r"offsets\[0\] must not be negative"),
+        ({"states": [[quantize_blockwise(torch.randn(4, 299), "sq127")], [torch.zeros(4, 300)]]}, ValueError, "codes"),
+        ({"states": [[zeros(p.shape, "sq127")], [torch.zeros(4, 299)]]}, ValueError, "float tensor"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            step(ADAMW, **{**good, **change})  # type: ignore[arg-type]
+        assert torch.equal(p, before)
+    assert step(ADAMW, [], [], [[], []], [None, None], SCALARS) == {}
+
+
+def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="torch, triton, native"):
+        quantize_blockwise(torch.randn(3), "sq127")
+    monkeypatch.setenv("MEMOPT_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        quantize_blockwise(torch.randn(3), "sq127")
+    assert len(codec_names()) >= 9
