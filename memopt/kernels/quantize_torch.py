@@ -30,6 +30,8 @@ def quantize(
 def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, ...], codec: Codec) -> Tensor:
     """The float32 tensor of this shape."""
     blocks = codec.blocks(shape)
+    if blocks.rows * blocks.row_length == 0:
+        return torch.zeros(shape, device=codes.device)
     rows = decode_rows(codes.reshape(blocks.rows, -1), scales.reshape(blocks.rows, -1), codec, blocks)
     return rows.reshape(shape)
 

@@ -42,6 +42,7 @@ class Printer:
         self.prefix, self.tables = prefix, tables
         self.lines: list[str] = []
         self.uniforms: list[Expr] = []
+        self.inputs: set[str] = set()
         self._names: dict[Expr, str] = {}
 
     def print(self, *roots: Expr) -> list[str]:
@@ -55,6 +56,7 @@ class Printer:
 
     def _define(self, node: Expr) -> str:
         if node.op == "input":
+            self.inputs.add(node.name)
             return node.name
         if node.op == "const":
             return repr(node.value) if math.isfinite(node.value) else f'float("{node.value}")'

@@ -14,8 +14,8 @@ from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest
 from memopt.kernels.update import State, Update
 
-_ENCODE = Update("quantize", (State("value"),), (), lambda p, g, states, s: (p, (p,)))
-_DECODE = Update("dequantize", (State("value"),), (), lambda p, g, states, s: (states[0], states))
+ENCODE = Update("quantize", (State("value"),), (), lambda p, g, states, s: (p, (p,)))
+DECODE = Update("dequantize", (State("value"),), (), lambda p, g, states, s: (states[0], states))
 
 
 def quantize(
@@ -26,14 +26,14 @@ def quantize(
     blocks = codec.blocks(x.shape)
     codes = torch.empty(blocks.code_shape(x.shape, codec.bits), dtype=torch.uint8, device=x.device)
     held = Quantized(codes, torch.empty(blocks.scale_shape, device=x.device), tuple(x.shape), codec)
-    run(_request(_ENCODE, x, held, rounding, seed, step, number, offset))
+    run(_request(ENCODE, x, held, rounding, seed, step, number, offset))
     return held.codes, held.scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, codec: Codec, out: Tensor) -> bool:
     """Writes into ``out``, which is contiguous; True."""
     held = Quantized(codes.contiguous(), scales.contiguous(), tuple(out.shape), codec)
-    run(_request(_DECODE, out, held, "nearest", 0, 0, 0, 0))
+    run(_request(DECODE, out, held, "nearest", 0, 0, 0, 0))
     return True
 
 

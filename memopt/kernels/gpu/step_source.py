@@ -50,7 +50,7 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], list[float]]:
         for j, stored in enumerate(kind.stored)
         if isinstance(stored, Codec)
     )
-    body = [*_opening(kind), *_loads(kind), *printer.lines, *_words(kind)]
+    body = [*_opening(kind), *_loads(kind, printer.inputs | set(names)), *printer.lines, *_words(kind)]
     for j, name in zip(written, names, strict=False):
         body += _store_state(kind, j, name)
     if new_p is not p:
@@ -106,29 +106,37 @@ def _pointer(name: str, column: int, element_type: str) -> str:
     return f"{name} = tl.multiple_of({load}, 16) if WHOLE else {load}"
 
 
-def _loads(kind: StepKind) -> list[str]:
+def _loads(kind: StepKind, used: set[str]) -> list[str]:
+    """What the rule reads, as float32; lanes outside are zero."""
+    rest = "mask=mask, other=None if WHOLE else 0.0).to(tl.float32)"
     lines = [
-        "p = tl.load(param + place, mask=mask).to(tl.float32)",
-        "g = tl.load(grad + place, mask=mask).to(tl.float32)",
+        f"{name} = tl.load({pointer} + place, {rest}"
+        for name, pointer in (("p", "param"), ("g", "grad"))
+        if name in used
     ]
     for j, stored in enumerate(kind.stored):
-        if not isinstance(stored, Codec):
-            lines.append(f"s{j} = tl.load(data{j} + place, mask=mask).to(tl.float32)")
-            continue
-        if stored.bits == 8:
-            lines.append(f"c{j} = tl.load(data{j} + place, mask=mask).to(tl.int32)")
-        else:
+        if isinstance(stored, Codec) and stored.bits == 4:
             lines += [
                 "half = (length + 1) // 2",
                 "row_bytes = (per_row - 1) * ((BLOCK + 1) // 2) + (cols - (per_row - 1) * BLOCK + 1) // 2",
                 "bytes_at = row * row_bytes + at * ((BLOCK + 1) // 2)",
                 "bytes_at = tl.multiple_of(bytes_at, (1, 16)) if WHOLE else bytes_at",
+            ]
+        if f"s{j}" not in used:
+            continue
+        if not isinstance(stored, Codec):
+            lines.append(f"s{j} = tl.load(data{j} + place, {rest}")
+            continue
+        if stored.bits == 8:
+            lines.append(f"c{j} = tl.load(data{j} + place, mask=mask, other=None if WHOLE else 0).to(tl.int32)")
+        else:
+            lines += [
                 "low_lane = lane % (WIDTH // 2) if WHOLE else tl.where(lane < half, lane, lane - half)",
-                f"c{j} = tl.load(data{j} + bytes_at + low_lane, mask=mask).to(tl.int32)",
+                f"c{j} = tl.load(data{j} + bytes_at + low_lane, mask=mask, other=None if WHOLE else 0).to(tl.int32)",
                 f"c{j} = tl.where(lane < half, c{j} & 15, c{j} >> 4)",
             ]
         lines += [
-            f"scale{j} = tl.load(scales{j} + block_number, mask=one)",
+            f"scale{j} = tl.load(scales{j} + block_number, mask=one, other=None if WHOLE else 0.0)",
             f"s{j} = decode_{j}(c{j}.to(tl.float32), scale{j}, tables)",
         ]
     return lines
