@@ -16,6 +16,7 @@ from memopt.planner.changes import (
 )
 from memopt.planner.plan_file import Plan
 from memopt.planner.planning import DEFAULT_ACTIONS, plan
+from memopt.planner.presets import ModelError
 from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.units import BudgetError, parse_bytes
 from memopt.planner.values import Action, Category, Status, Trace
@@ -148,12 +149,16 @@ def largest_that_fits(
     allowed = list(actions)
 
     def attempt(size: int) -> Plan | None:
-        made = make_trace(size)
-        rates = rates_by_dtype.setdefault(made.dtype, rates_of(hardware, made.dtype))
         try:
+            made = make_trace(size)
+            rates = rates_by_dtype.setdefault(made.dtype, rates_of(hardware, made.dtype))
             found = plan(made, budget, rates, actions=allowed)  # type: ignore[arg-type]
         except BudgetError:
             return None
+        except ModelError:
+            if size == step:
+                raise
+            return None  # longer than the model's own positions, say
         return None if found.status is Status.INFEASIBLE else found
 
     parse_bytes(budget)
