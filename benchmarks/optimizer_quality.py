@@ -1,15 +1,24 @@
-"""What low-bit states cost in quality: least squares, heavy-tailed gradients, and a byte-level GPT."""
+"""What low-bit states cost in quality: least squares, heavy-tailed gradients, and a byte-level GPT.
+
+    python -m benchmarks.optimizer_quality                            # the two probes, seconds
+    python -m benchmarks.optimizer_quality --train short bf16 long    # the GPT's runs as well, hours on two cores
+    python -m benchmarks.optimizer_quality --states fp32 8bit         # these formats only
+
+Training runs are kept one by one in the file that ``--runs`` names, and those it holds are not run again.
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from examples.gpt import GPT, GPTConfig, batches, read_text
+from benchmarks import optimizer_training
 from memopt.optim import AdamW
 from memopt.optim.formats import names
 
@@ -74,43 +83,33 @@ def print_probes(found: dict[str, dict[str, float]]) -> None:
         )
 
 
-def gpt_loss(state: str, seed: int, steps: int, dtype: str, layers: int, width: int) -> float:
-    """Mean training loss of the last tenth of the steps of a byte-level GPT."""
-    torch.manual_seed(seed)
-    config = GPTConfig(layers=layers, width=width, heads=max(1, width // 64), context=128)
-    model = GPT(config)
-    rounding = "nearest"
-    if dtype == "bf16":
-        model, rounding = model.to(torch.bfloat16), "stochastic"
-    optimizer = AdamW(model.parameters(), lr=1e-3, state=state, seed=seed, param_rounding=rounding)
-    losses = []
-    text = read_text(None)
-    for _, (inputs, targets) in zip(range(steps), batches(text, 8, config.context, seed), strict=False):
-        optimizer.zero_grad()
-        logits = model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return statistics.mean(losses[-max(1, steps // 10) :])
+def print_training(rows: list[dict[str, Any]]) -> None:
+    """The GPT's runs as a table."""
+    print(f"{'recipe':8}{'state':14}{'seeds':>6}{'final loss':>12}{'ratio':>9}{'held-out':>10}{'ratio':>9}  per seed")
+    for row in rows:
+        each = " ".join(f"{ratio:.4f}" for ratio in row["final_loss_ratios"])
+        print(
+            f"{row['case']:8}{row['state']:14}{row['seeds']:6}{row['final_loss']:12.4f}{row['final_loss_ratio']:9.4f}"
+            f"{row['held_out_loss']:10.4f}{row['held_out_loss_ratio']:9.4f}  {each}"
+        )
 
 
-def gpt(
-    steps: int, seeds: int, dtype: str, formats: list[str] | None, *, layers: int, width: int
-) -> dict[str, dict[str, Any]]:
-    """Final losses by format, fp32 first, and their mean's ratio to fp32's."""
-    chosen = formats or [name for name in names() if name != "fp32"]
-    found: dict[str, dict[str, Any]] = {}
-    for state in ["fp32", *(one for one in chosen if one != "fp32")]:
-        losses = [gpt_loss(state, seed, steps, dtype, layers, width) for seed in range(seeds)]
-        found[state] = {"losses": losses, "mean": statistics.mean(losses)}
-        found[state]["ratio"] = found[state]["mean"] / found["fp32"]["mean"]
-        print_gpt({state: found[state]})
-    return found
+def main() -> None:
+    """Parses the options, runs what they ask for and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--states", nargs="+", choices=names(), default=list(names()))
+    parser.add_argument("--train", nargs="+", choices=list(optimizer_training.CASES), default=[])
+    parser.add_argument("--runs", type=Path, default=Path("optimizer-quality-runs.json"), help="kept training runs")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if not options.train:
+        print_probes(probes(options.states))
+    for one in optimizer_training.run(options.train, options.states, options.runs):
+        print(f"{one['case']} {one['state']} seed {one['seed']}: {one['final_loss']:.4f}", flush=True)
+    if options.runs.exists():
+        print_training(optimizer_training.summary(optimizer_training.load(options.runs)))
 
 
-def print_gpt(found: dict[str, dict[str, Any]]) -> None:
-    """One line a format."""
-    for state, row in found.items():
-        losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
-        print(f"{state:14} mean {row['mean']:.4f}  ratio to fp32 {row['ratio']:.4f}  ({losses})", flush=True)
+if __name__ == "__main__":
+    main()

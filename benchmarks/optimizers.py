@@ -1,9 +1,7 @@
-"""Speed, memory and quality of the optimizers against torch, bitsandbytes and torchao.
+"""Speed and memory of the optimizers against torch, bitsandbytes and torchao (quality: benchmarks.optimizer_quality).
 
     python -m benchmarks.optimizers                          # the three speed tables
     python -m benchmarks.optimizers --cases large            # one of large, small, bf16
-    python -m benchmarks.optimizers --quality                # least squares and heavy-tailed gradients
-    python -m benchmarks.optimizers --gpt 300 --seeds 3      # final losses of the demo's GPT, every format
     python -m benchmarks.optimizers --peers --json FILE      # bitsandbytes and torchao too; figures as JSON
 
 All optimizers of a table run interleaved in one process; a ratio is the median over rounds divided by the median of
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 
 import memopt
-from benchmarks import optimizer_quality
 
 MIB = 2**20
 
@@ -169,32 +166,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="bitsandbytes and torchao too, where installed")
-    parser.add_argument("--quality", action="store_true", help="least squares and heavy-tailed gradients")
-    parser.add_argument("--gpt", type=int, metavar="STEPS", help="final losses of the demo's GPT after so many steps")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=2, help="layers of the GPT (the demo has 6)")
-    parser.add_argument("--width", type=int, default=128, help="width of the GPT (the demo has 512)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the GPT's parameters")
-    parser.add_argument("--formats", nargs="+", help="state formats of the quality runs; all by default")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     figures: dict[str, Any] = {"torch": torch.__version__, "threads": options.threads}
-    if options.gpt:
-        sizes = {"layers": options.layers, "width": options.width}
-        figures["gpt"] = optimizer_quality.gpt(options.gpt, options.seeds, options.dtype, options.formats, **sizes)
-        optimizer_quality.print_gpt(figures["gpt"])
-    elif options.quality:
-        figures["quality"] = optimizer_quality.probes(options.formats)
-        optimizer_quality.print_probes(figures["quality"])
-    else:
-        for case in options.cases:
-            figures[case] = speed(case, options.rounds, options.peers)
-            print_speed(case, figures[case])
-        figures["temporary_bytes"] = temporaries()
-        print("\npeak temporaries of a step, small case: ", end="")
-        print(", ".join(f"{name} {size / MIB:.3f} MiB" for name, size in figures["temporary_bytes"].items()))
+    for case in options.cases:
+        figures[case] = speed(case, options.rounds, options.peers)
+        print_speed(case, figures[case])
+    figures["temporary_bytes"] = temporaries()
+    print("\npeak temporaries of a step, small case: ", end="")
+    print(", ".join(f"{name} {size / MIB:.3f} MiB" for name, size in figures["temporary_bytes"].items()))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 
