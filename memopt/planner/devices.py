@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from memopt.planner.strict_json import read_json
+
 _FOLDER = "hardware"
 
 
@@ -124,7 +126,11 @@ def hardware(name: str | os.PathLike[str] | Hardware = "auto") -> Hardware:
         return _with_processors(found) if found.kind == "cpu" else found
     path = Path(text)
     if path.is_file():
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        try:
+            values = read_json(path, "hardware file")
+        except ValueError as error:
+            raise HardwareError(str(error)) from error
+        return _parse(values, str(path))
     if path.suffix == ".json":
         raise HardwareError(f"hardware file {text!r} does not exist; `memopt probe --out {text}` writes one")
     raise HardwareError(
@@ -140,7 +146,7 @@ def hardware_names() -> tuple[str, ...]:
 
 def _from_table(name: str) -> Hardware:
     source = resources.files("memopt.presets").joinpath(_FOLDER).joinpath(f"{name}.json")
-    return _parse(source.read_text(encoding="utf-8"), name)
+    return _parse(json.loads(source.read_text(encoding="utf-8")), name)
 
 
 def _this_machine() -> Hardware:
@@ -174,11 +180,7 @@ def physical_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _parse(text: str, where: str) -> Hardware:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise HardwareError(f"hardware file {where!r} is no JSON: {error}") from error
+def _parse(values: Any, where: str) -> Hardware:
     if not isinstance(values, Mapping):
         raise HardwareError(f"hardware file {where!r} must hold one JSON object, not {type(values).__name__}")
     known = {field.name: field for field in fields(Hardware)}

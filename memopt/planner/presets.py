@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt.planner.reference_models import FAMILIES
+from memopt.planner.strict_json import read_json
 from memopt.planner.transformers_configs import build_from_config
 
 _FOLDER = "models"
@@ -119,11 +120,11 @@ def _batch(family: str, config: Any, batch: int, tokens: int | None) -> dict[str
 def _from_config(path: Path, batch: int, tokens: int | None) -> FoundModel:
     file = path / "config.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, "model file")
     except FileNotFoundError:
         raise ModelError(f"model file {str(file)!r} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"model file {str(file)!r} is no JSON: {error}") from error
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     try:
         model, inputs = build_from_config(values, batch, tokens)
     except ValueError as error:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """What a JSON file holds, as plain values.
+
+    Args:
+        path: the file.
+        what: how error messages call it, such as "plan file".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, is no UTF-8 text, no JSON, or nested deeper than Python's parser goes.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{what} {os.fspath(path)!r} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
+        raise ValueError(f"{what} {os.fspath(path)!r} is not JSON: {error}") from error
 
 
 def to_json(value: Any) -> Any:

@@ -13,16 +13,13 @@ from torch import Tensor, nn
 
 from memopt.planner.reference_models import Decoder, DecoderConfig
 
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "d_model",
-)
+# The largest of each that anyone could mean: beyond it, building the model would take the machine down first.
+_LARGEST = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "vocab_size", "intermediate_size", "n_inner"), 10**8),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_local_experts"), 10**5),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 10**4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "head_dim"), 10**9),
+}
 _LLAMA_LIKE = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
 
@@ -34,10 +31,10 @@ def build_from_config(values: Any, batch: int, tokens: int | None) -> tuple[nn.M
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("model_type"), str):
         raise ValueError("it has no model_type, so it is no transformers configuration")
-    for name in _SIZES:
-        size = values.get(name, 1)
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 10**8:
-            raise ValueError(f"{name} must be a positive whole number, not {size!r}")
+    for name, largest in _LARGEST.items():
+        size = values.get(name)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= largest):
+            raise ValueError(f"{name} must be a whole number from 1 to {largest}, not {size!r}")
     if importlib.util.find_spec("transformers") is not None:
         return _with_transformers(dict(values), batch, tokens)
     return _reference(values, batch, tokens)

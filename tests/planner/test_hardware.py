@@ -78,7 +78,7 @@ def changed(**values: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[1]", "one JSON object"),
         (changed(memory_bytes="drop"), "missing memory_bytes"),
         (changed(colour=1), "unknown colour"),

@@ -139,10 +139,10 @@ def test_the_reference_of_gpt2_has_the_size_of_transformers(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ([1], "no model_type"),
         ({"hidden_size": 3}, "no model_type"),
-        ({**LLAMA, "hidden_size": -1}, "hidden_size must be a positive whole number"),
+        ({**LLAMA, "hidden_size": -1}, "hidden_size must be a whole number from 1"),
         ({**LLAMA, "num_hidden_layers": "many"}, "num_hidden_layers must be"),
         ({**LLAMA, "vocab_size": 10**12}, "vocab_size must be"),
         ({**LLAMA, "num_attention_heads": 5}, "cannot build"),
