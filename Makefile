@@ -7,7 +7,7 @@ PINS := setup.cfg pyproject.toml constraints.txt
 DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
-.PHONY: help demo test lint types unit interpreter bench package clean
+.PHONY: help demo test lint types unit interpreter docs package clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,10 +41,13 @@ unit: $(TEST_READY)
 interpreter: $(TEST_READY)  # Triton compiles or interprets, never both in one process
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreter
 
+docs: $(TEST_READY)  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 package: $(TEST_READY)  ## wheel and sdist, installed and imported outside the checkout
 	$(PYTHON) -m venv $(VENV)-build && $(VENV)-build/bin/pip install --quiet --disable-pip-version-check build
 	$(VENV)-build/bin/python -m build --outdir dist .
 	bash tests/check_wheel.sh dist $(PYTHON)
 
 clean:  ## remove the environments and what was built
-	rm -rf $(VENV) $(VENV)-build dist build *.egg-info demo.html
+	rm -rf $(VENV) $(VENV)-build dist build site *.egg-info demo.html
