@@ -12,24 +12,14 @@ from memopt.planner.early import early_returns
 from memopt.planner.positions import positions
 from memopt.planner.problem import BlockItems, Item, Milestone, Moments, Problem, Rates, Resource, held_at
 from memopt.planner.replaying import Replay, is_steady, replays
-from memopt.planner.values import Action, Block, Category, SavedStorage, Storage, Trace
+from memopt.planner.values import Action, Block, Category, Phase, SavedStorage, Storage, Trace
+
+DIVISIBLE_SHARE = 0.1  # of a block's saved bytes: smaller storages leave whole or not at all
 
 
 def op_seconds(trace: Trace, rates: Rates) -> list[float]:
     """Roofline seconds of every operation."""
     return [rates.seconds(op.flops, op.bytes_read + op.bytes_written) for op in trace.ops]
-
-
-def windows(trace: Trace) -> list[Moments]:
-    """Each block call's moments; a swap has one neighbouring block's time in each direction to be done in."""
-    blocks = trace.blocks
-    found = []
-    for block in blocks:
-        stop, back = block.forward[1], block.backward[0]
-        later = [b.forward[1] for b in blocks if b.forward[0] >= stop and b.forward[1] <= back]
-        before = [b.backward[0] for b in blocks if stop <= b.backward[0] and b.backward[1] <= back]
-        found.append(Moments(stop, min(later, default=back), max(before, default=stop), back))
-    return found
 
 
 def moments(trace: Trace) -> list[Moments]:
@@ -54,7 +44,7 @@ class Builder:
         self.touches = self._touches()
         self.variables = 0
         self.managed: set[int] = set()
-        counts = Counter(saved.storage for block in trace.blocks for saved in block.saved)
+        counts = Counter(saved.storage for block in trace.blocks for saved in (*block.saved, *block.saved_inputs))
         self.shared_between_blocks = {storage for storage, count in counts.items() if count > 1}
         self.moments = moments(trace)
 
@@ -76,6 +66,7 @@ class Builder:
         block = self.trace.blocks[position]
         steady = is_steady(self.trace, block)
         movable = [saved for saved in block.saved if steady and self._is_movable(block, saved)]
+        divided = DIVISIBLE_SHARE * sum(saved.bytes for saved in block.saved)
         found = replays(self.trace, block, self.births)
         shared = self._shared(movable, found)
         pins = self._pins(block, movable)
@@ -83,7 +74,7 @@ class Builder:
         for saved in movable:
             replay = found[saved.storage]
             cost, needs = self._replay_cost(replay, shared, pins)
-            site = self._site(position, saved, cost, needs)
+            site = self._site(position, saved, cost, needs, saved.bytes >= divided)
             drafts = choices_at(site, self.actions)
             if len(drafts) < 2:
                 continue
@@ -94,10 +85,38 @@ class Builder:
             items.append(
                 Item(saved.index, saved.bytes, saved.token_wise, choices, tuple(reading), site.first_need, extra)
             )
+        if steady:
+            readers = [i.index for i in items if any(c.action is Action.RECOMPUTE for c in i.choices)]
+            items += self._inputs(position, readers)
         early, together = early_returns(items, self.number, self.rates.overlap)
         resources = (*shared.values(), *pins, *early)
         quiet = self._quiet(position, items, resources)
         return BlockItems(position, block.group, tuple(items), resources, together, self.moments[position], quiet)
+
+    def _inputs(self, position: int, readers: list[int]) -> list[Item]:
+        """The block's saved inputs; a swapped one is back when the block's first replay begins."""
+        block = self.trace.blocks[position]
+        items = []
+        for saved in block.saved_inputs:
+            if not self._is_movable_input(position, saved):
+                continue
+            site = self._site(position, saved, None, (), divisible=False)
+            drafts = choices_at(site, self.actions & {Action.KEEP, Action.SWAP})
+            if len(drafts) > 1:
+                choices = tuple(replace(choice, variable=self.number()) for choice in drafts)
+                self.managed.add(saved.storage)
+                index = len(block.saved) + saved.index
+                items.append(Item(index, saved.bytes, False, choices, tuple(readers), site.first_need, 0))
+        return items
+
+    def _is_movable_input(self, position: int, saved: SavedStorage) -> bool:
+        """Inputs that forward made, that only this block saves and that are not needed once its backward is over."""
+        block, storage = self.trace.blocks[position], self.storages[saved.storage]
+        if storage.producer is None or storage.category is Category.WEIGHTS or storage.death > block.backward[1]:
+            return False
+        backward = [op for op in self.touches.get(saved.storage, []) if self.trace.ops[op].phase is Phase.BACKWARD]
+        alone = all(self.trace.ops[op].block == position for op in backward)
+        return alone and saved.storage not in self.shared_between_blocks and saved.bytes > self.saved_limit
 
     def _transient_bytes(self, block: Block, replay: Replay) -> int:
         """The most that a replay writes beside saved storages at any of its operations."""
@@ -137,12 +156,16 @@ class Builder:
         needs = [shared[op].variable for op in replay.ops if op in shared]
         return cost, (*needs, *(pin.variable for pin in pins))
 
-    def _site(self, position: int, saved: SavedStorage, cost: float | None, needs: tuple[int, ...]) -> Site:
+    def _site(
+        self, position: int, saved: SavedStorage, cost: float | None, needs: tuple[int, ...], divisible: bool
+    ) -> Site:
         storage, times = self.storages[saved.storage], self.moments[position]
         touches = self.touches.get(saved.storage, [])
         forward = [op for op in touches if op < times.backward_start]
         backward = [op for op in touches if op >= times.backward_start]
         end = max(forward, default=storage.birth) + 1
+        if storage.birth < self.trace.blocks[position].forward[0]:
+            end = max(end, times.forward_stop)  # an input
         return Site(
             bytes=saved.bytes,
             dtype=saved.dtype,
@@ -156,6 +179,7 @@ class Builder:
             replay_seconds=cost,
             replay_needs=needs,
             rates=self.rates,
+            divisible=divisible,
         )
 
     def _quiet(self, position: int, items: list[Item], resources: tuple[Resource, ...]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from memopt.planner.problem import Rates
-from memopt.planner.values import Category, Phase, Storage, Trace
+from memopt.planner.values import Category, Phase, SavedStorage, Storage, Trace
 
 LOSS_CHUNKS = 16
 
@@ -28,7 +28,11 @@ class Change:
 def _resized(trace: Trace, size: Callable[[Storage], int]) -> Trace:
     storages = tuple(replace(s, bytes=size(s)) for s in trace.storages)
     by_id = {s.id: s.bytes for s in storages}
-    blocks = tuple(replace(b, saved=tuple(replace(v, bytes=by_id[v.storage]) for v in b.saved)) for b in trace.blocks)
+
+    def saved(ones: tuple[SavedStorage, ...]) -> tuple[SavedStorage, ...]:
+        return tuple(replace(one, bytes=by_id[one.storage]) for one in ones)
+
+    blocks = tuple(replace(b, saved=saved(b.saved), saved_inputs=saved(b.saved_inputs)) for b in trace.blocks)
     return _with_peak(replace(trace, storages=storages, blocks=blocks))
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from memopt.planner.strict_json import from_json, to_json
+from memopt.planner.strict_json import from_json, read_json, to_json
 from memopt.planner.values import BlockPlan, Status, Trace
 from memopt.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 knows no actions for the inputs of blocks: they are kept
 
 
 @dataclass(frozen=True)
@@ -101,18 +102,17 @@ class Plan:
             ValueError: not JSON; written in another format version; a field is unknown, missing or mistyped; made for
                 another model than ``trace``. The message says what differs.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"plan file {path} is not JSON: {error}") from error
+        data = read_json(path, "plan file")
         if not isinstance(data, dict) or "format_version" not in data:
             raise ValueError(f"plan file {path} lacks the field 'format_version'; is it a memopt plan?")
-        if data["format_version"] != FORMAT_VERSION:
+        version = data["format_version"]
+        if type(version) is not int or version not in READABLE:
             raise ValueError(
-                f"plan file {path} has format version {data['format_version']!r}, written by memopt "
-                f"{data.get('memopt_version', '?')}; memopt {__version__} reads version {FORMAT_VERSION}: plan again"
+                f"plan file {path} has format version {version!r}, written by memopt "
+                f"{data.get('memopt_version', '?')}; memopt {__version__} reads versions "
+                f"{' and '.join(map(str, READABLE))}: plan again"
             )
-        plan = from_json(cls, data, "plan")
+        plan = from_json(cls, {**data, "format_version": FORMAT_VERSION}, "plan")
         if trace is not None:
             plan.check_model(trace)
         return plan

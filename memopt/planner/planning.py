@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,13 +11,13 @@ from memopt.planner.building import build
 from memopt.planner.plan_file import Plan, model_signature
 from memopt.planner.policy import Solution, SolverError, smallest_peak, solve
 from memopt.planner.policy.solving import GAP
-from memopt.planner.problem import Problem, Rates
+from memopt.planner.problem import Choice, Problem, Rates
 from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.replaying import is_steady
 from memopt.planner.simulating import Simulation, simulate
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
 from memopt.planner.validating import validate
-from memopt.planner.values import Action, BlockPlan, Category, Status, StorageAction, Trace
+from memopt.planner.values import Action, BlockPlan, Category, SavedStorage, Status, StorageAction, Trace
 
 DEFAULT_ACTIONS = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
 CLOSE = 0.002  # of the budget: a peak so little below it leaves nothing to gain
@@ -124,17 +124,20 @@ class _Planner:
         """Seconds that the next solve may take."""
         return max(0.5, self.deadline - time.monotonic())
 
-    def block_plans(self, chosen: dict[tuple[int, int], tuple[Action, str | None]]) -> tuple[BlockPlan, ...]:
+    def block_plans(self, chosen: Mapping[tuple[int, int], Choice]) -> tuple[BlockPlan, ...]:
         """Plans for every block call that saves the same in every step; what was not decided about is kept."""
         plans = []
         for n, block in enumerate(self.trace.blocks):
             if not is_steady(self.trace, block):
                 continue
-            fates = []
-            for saved in block.saved:
-                action, format = chosen.get((n, saved.index), (Action.KEEP, None))
-                fates.append(StorageAction(saved.index, saved.bytes, action, 1.0, format))
-            plans.append(BlockPlan(block.path, block.call, block.signature, tuple(fates)))
+            own = [part for saved in block.saved for part in _parts(saved, chosen.get((n, saved.index)))]
+            given = [
+                part
+                for saved in block.saved_inputs
+                if (choice := chosen.get((n, len(block.saved) + saved.index))) is not None
+                for part in _parts(saved, choice)
+            ]
+            plans.append(BlockPlan(block.path, block.call, block.signature, tuple(own), tuple(given)))
         return tuple(plans)
 
     def within(self, budget_bytes: int) -> _Answer | None:
@@ -181,7 +184,7 @@ class _Planner:
 
     def _play(self, problem: Problem, solution: Solution) -> _Answer:
         chosen = {
-            (block.block, item.index): (choice.action, choice.format)
+            (block.block, item.index): choice
             for block in problem.blocks
             for item in block.items
             for choice in item.choices
@@ -195,6 +198,16 @@ class _Planner:
         spent = answer.simulation.step_seconds
         best = answer.simulation.compute_seconds + (self.bound_seconds or 0.0)
         return max(0.0, (spent - best) / spent) if spent > 0 else 0.0
+
+
+def _parts(saved: SavedStorage, choice: Choice | None) -> list[StorageAction]:
+    """What a choice does with a saved storage, share by share; kept without one."""
+    if choice is None:
+        return [StorageAction(saved.index, saved.bytes, Action.KEEP)]
+    parts = [StorageAction(saved.index, saved.bytes, choice.action, choice.fraction, choice.format)]
+    if choice.fraction < 1:
+        parts.append(StorageAction(saved.index, saved.bytes, Action.KEEP, 1 - choice.fraction))
+    return parts
 
 
 def _cost(answer: _Answer) -> tuple[float, int]:

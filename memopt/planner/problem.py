@@ -44,7 +44,7 @@ class Choice:
 
     ``held_bytes`` stay resident between the block's forward and backward; ``swap_bytes`` go to the tier, from
     ``swap_lead_seconds`` before the end of the block's forward on, and come back; ``seconds`` are what it costs beside
-    its shared ``needs``; ``feeds`` says that a replay may read the item.
+    its shared ``needs``; ``feeds`` says that a replay may read the item. A ``fraction`` below 1 keeps the rest.
     """
 
     variable: int
@@ -57,13 +57,15 @@ class Choice:
     seconds: float
     needs: tuple[int, ...]
     feeds: bool
+    fraction: float = 1.0
 
 
 @dataclass(frozen=True)
 class Item:
     """A saved storage whose fate the policy decides; ``readers`` are the items whose replay reads it.
 
-    Backward needs it at ``first_need``; its own replay takes ``replay_bytes`` for values that are not saved.
+    ``index`` counts the block's own saved storages and, after them, its saved inputs. Backward needs the item at
+    ``first_need``; its own replay takes ``replay_bytes`` for values that are not saved.
     """
 
     index: int

@@ -11,6 +11,9 @@ The runtime's rules, as this simulation knows them:
 - A recomputed storage comes back at its first need by replaying the operations that it takes, back to what is kept or
   can be loaded; what that brings back on the way stays as long as another replay or its own backward will read it. The
   block's inputs stay until its last recomputed storage is gone, and so do the kept storages that its replay reads.
+- A swapped input of a block goes when the block's forward is over and is back when its first replay begins.
+- Of a storage that is swapped in part the rest moves to a buffer of its own: both are there from when forward lets go
+  to when the swapped part has left, and again from when that begins to return until backward needs it.
 - A compressed copy lives from the storage's birth to its death; the storage returns at its first need.
 """
 
@@ -22,10 +25,20 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from memopt.planner.compression import compressed_bytes
+from memopt.planner.fates import Fate
 from memopt.planner.plan_file import Timeline
 from memopt.planner.problem import Rates
 from memopt.planner.replay_model import ReplayModel
-from memopt.planner.values import Action, Block, BlockPlan, Category, Op, StorageAction, Trace
+from memopt.planner.values import (
+    Action,
+    Block,
+    BlockPlan,
+    Category,
+    Op,
+    SavedStorage,
+    StorageAction,
+    Trace,
+)
 
 
 @dataclass
@@ -69,24 +82,6 @@ def thin(moments: list[tuple[float, tuple[int, ...]]], most: int) -> list[tuple[
     return [max(moments[a:b], key=lambda m: sum(m[1])) for a, b in pairwise(edges)]
 
 
-@dataclass
-class _Saved:
-    """A saved storage that does not simply stay: its fates, and where it is now."""
-
-    block: int
-    index: int
-    dtype: str
-    parts: tuple[StorageAction, ...]
-    forward_end: int
-    present: bool = False
-    gone: bool = False
-    copied_at: float = 0.0
-    back_at: float = 0.0
-
-    def share(self, action: Action) -> float:
-        return sum(part.fraction for part in self.parts if part.action is action)
-
-
 def simulate(trace: Trace, plans: Iterable[BlockPlan], rates: Rates) -> Simulation:
     """Play the step; storages that no plan names are kept.
 
@@ -105,9 +100,10 @@ class _Player:
         self.by_category = dict.fromkeys(Category, 0)
         self.clock = self.out_free = self.in_free = 0.0
         self.away_bytes = 0
-        self.saved: dict[int, _Saved] = {}
+        self.saved: dict[int, Fate] = {}
         self.models: dict[int, ReplayModel] = {}
         self.held_until: dict[int, int] = {}
+        self.moved_inputs: defaultdict[int, list[int]] = defaultdict(list)
         self.touches: defaultdict[int, list[int]] = defaultdict(list)
         for op in trace.ops:
             for storage in {*op.reads, *op.writes}:
@@ -124,15 +120,24 @@ class _Player:
         for plan in plans:
             n = numbers[plan.path, plan.call]
             block = self.trace.blocks[n]
-            fates: defaultdict[int, list[StorageAction]] = defaultdict(list)
-            for action in plan.actions:
-                fates[action.index].append(action)
-            for saved in block.saved:
-                parts = tuple(fates[saved.index])
-                if all(part.action is Action.KEEP for part in parts):
-                    continue
-                uses = [op for op in self.touches[saved.storage] if op < block.backward[0]]
-                self.saved[saved.storage] = _Saved(n, saved.index, saved.dtype, parts, max(uses, default=0) + 1)
+            self._read_fates(n, block.saved, plan.actions, 0)
+            self._read_fates(n, block.saved_inputs, plan.inputs, block.forward[1])
+            self.moved_inputs[n] = [s.storage for s in block.saved_inputs if s.storage in self.saved]
+
+    def _read_fates(
+        self, n: int, storages: tuple[SavedStorage, ...], actions: tuple[StorageAction, ...], earliest: int
+    ) -> None:
+        """What does not simply stay, and when forward lets go of it: not before ``earliest``."""
+        fates: defaultdict[int, list[StorageAction]] = defaultdict(list)
+        for action in actions:
+            fates[action.index].append(action)
+        for saved in storages:
+            parts = tuple(fates[saved.index])
+            if all(part.action is Action.KEEP for part in parts):
+                continue
+            uses = [op for op in self.touches[saved.storage] if op < self.trace.blocks[n].backward[0]]
+            end = max(max(uses, default=0) + 1, earliest)
+            self.saved[saved.storage] = Fate(n, saved.index, saved.dtype, parts, end)
 
     def _plan_replays(self) -> None:
         """What each block replays, and what must stay alive for it."""
@@ -194,18 +199,23 @@ class _Player:
         for storage in leaving:
             self._leave(storage, self.saved[storage])
 
-    def _leave(self, storage: int, saved: _Saved) -> None:
+    def _leave(self, storage: int, saved: Fate) -> None:
         """Forward has let go of it."""
         size = self.storages[storage].bytes
-        swapped = int(size * saved.share(Action.SWAP))
+        swapped = saved.swapped(size)
         saved.gone, saved.present = True, False
         small = self._compressed(storage, saved)
         if small:
             self._spend_codec(size + small)
-        kept = int(size * saved.share(Action.KEEP)) + small
-        self._resize(("storage", storage), storage, swapped if self.rates.overlap else 0)
+        kept = saved.kept(size) + small
         if kept:
             self._hold(("copy", storage), storage, kept)
+        if kept and swapped and not saved.tiled:
+            self._measure(saved.forward_end, "a copy of what stays")
+            swapped_until_left = size
+        else:
+            swapped_until_left = swapped
+        self._resize(("storage", storage), storage, swapped_until_left if self.rates.overlap else 0)
         if swapped:
             copy = swapped / self.rates.swap_out_bytes_per_second
             self.found.swapped_bytes += swapped
@@ -216,7 +226,7 @@ class _Player:
             else:
                 self._wait(copy)
 
-    def _compressed(self, storage: int, saved: _Saved) -> int:
+    def _compressed(self, storage: int, saved: Fate) -> int:
         """Bytes of its compressed copy."""
         total = 0
         for part in saved.parts:
@@ -232,7 +242,7 @@ class _Player:
             self._resize(("storage", storage), storage, 0)
         for storage in self.start_to_return[time]:
             saved, size = self.saved[storage], self._swapped(storage)
-            self._hold(("storage", storage), storage, size)
+            self._hold(("storage", storage), storage, size if saved.tiled else self.storages[storage].bytes)
             copy = size / self.rates.swap_in_bytes_per_second
             self.in_free = saved.back_at = max(self.clock, self.in_free, saved.copied_at) + copy
         for storage in self.must_be_back[time]:
@@ -240,7 +250,7 @@ class _Player:
             self.away_bytes -= self._swapped(storage)
 
     def _swapped(self, storage: int) -> int:
-        return int(self.storages[storage].bytes * self.saved[storage].share(Action.SWAP))
+        return self.saved[storage].swapped(self.storages[storage].bytes)
 
     def _plan_copies(self) -> None:
         """Where overlapped copies must have ended and begin; a block with no other between has no time to swap."""
@@ -267,32 +277,40 @@ class _Player:
         if saved.share(Action.RECOMPUTE):
             self._replay(storage, saved, op)
         else:
-            self._return(storage, saved)
+            self._return(storage, saved, op.index)
 
-    def _return(self, storage: int, saved: _Saved) -> None:
+    def _return(self, storage: int, saved: Fate, time: int) -> None:
         """Brings back what was swapped or compressed."""
         if saved.present:
             return
         saved.present = True
         size = self.storages[storage].bytes
-        swapped = int(size * saved.share(Action.SWAP))
+        swapped = saved.swapped(size)
         if swapped and not self.rates.overlap:
             self._wait(swapped / self.rates.swap_in_bytes_per_second)
             self.away_bytes -= swapped
         for part in saved.parts:
             if part.action is Action.COMPRESS:
                 self._spend_codec(size + self.held.get(("copy", storage), 0))
-        kept = int(size * saved.share(Action.KEEP))
-        self._resize(("storage", storage), storage, size - kept)
+        if saved.share(Action.COMPRESS) or saved.tiled:
+            self._resize(("storage", storage), storage, size - saved.kept(size))
+            return
+        self._resize(("storage", storage), storage, size)
+        if saved.kept(size):
+            self._measure(time, "a copy of what stayed")
+            self._drop(("copy", storage))
 
-    def _replay(self, storage: int, saved: _Saved, op: Op) -> None:
+    def _replay(self, storage: int, saved: Fate, op: Op) -> None:
         """Runs the operations that the storage takes, on the rows that are recomputed."""
         share = saved.share(Action.RECOMPUTE)
 
         def load(source: int) -> None:
             other = self.saved.get(source)
             if other is not None and other.gone:
-                self._return(source, other)
+                self._return(source, other, op.index)
+
+        for given in self.moved_inputs[saved.block]:
+            load(given)
 
         def run(again: Op, made: list[int]) -> None:
             for new in made:

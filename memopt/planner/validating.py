@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from memopt.planner.plan_file import Plan, Timeline, model_signature
 from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.simulating import Simulation, simulate
-from memopt.planner.values import Action, BlockPlan, Trace
+from memopt.planner.values import Action, BlockPlan, Phase, SavedStorage, StorageAction, Trace
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def validate(trace: Trace, plan: Plan, hardware: HardwareLike | None = None) -> 
     """Simulate a plan on its trace and check every promise it makes.
 
     Rules: made for this trace; no block call planned twice (one without a plan is kept); every saved storage has one
-    fate, or shares of its rows that add up to 1; sizes as traced; nothing recomputed that no operation of the block
+    fate, or shares that add up to 1; shares of rows only where a storage is token-wise; inputs kept or swapped, and
+    swapped only where nothing else needs them; sizes as traced; nothing recomputed that no operation of the block
     writes; swapped bytes within the tier's room; the peak within the budget, and as promised.
 
     Args:
@@ -69,19 +70,54 @@ def _broken_shape(trace: Trace, plans: tuple[BlockPlan, ...]) -> str | None:
         seen.add((plan.path, plan.call))
         if plan.signature != block.signature:
             return f"{name} has signature {block.signature}, the plan was made for {plan.signature}"
-        shares: defaultdict[int, float] = defaultdict(float)
-        sizes = {saved.index: saved.bytes for saved in block.saved}
-        for action in plan.actions:
-            if action.index not in sizes:
-                return f"{name} has no saved storage {action.index}"
-            if action.bytes != sizes[action.index]:
-                return f"{name}: saved storage {action.index} has {sizes[action.index]} bytes, not {action.bytes}"
-            if not 0 <= action.fraction <= 1:
-                return f"{name}: saved storage {action.index} has the fraction {action.fraction}"
-            if (action.format is None) == (action.action is Action.COMPRESS):
-                return f"{name}: saved storage {action.index}: a format is for compressed storages, and for them a must"
-            shares[action.index] += action.fraction
-        for index in sizes:
-            if abs(shares[index] - 1) > 1e-9:
-                return f"{name}: the fates of saved storage {index} cover {shares[index]:.6g} of it, not all of it once"
+        named = {action.index for action in plan.inputs}
+        inputs = tuple(saved for saved in block.saved_inputs if saved.index in named)
+        broken = _broken_actions(f"{name}: saved storage", block.saved, plan.actions)
+        broken = broken or _broken_actions(f"{name}: saved input", inputs, plan.inputs)
+        broken = broken or _broken_inputs(name, trace, trace.blocks.index(block), plan.inputs)
+        if broken is not None:
+            return broken
+    return None
+
+
+def _broken_actions(name: str, storages: tuple[SavedStorage, ...], actions: tuple[StorageAction, ...]) -> str | None:
+    """Every storage has one fate, or shares that add up, of the size that it has."""
+    shares: defaultdict[int, float] = defaultdict(float)
+    saved = {one.index: one for one in storages}
+    for action in actions:
+        one = f"{name} {action.index}"
+        if action.index not in saved:
+            return f"{one} is not in the trace"
+        if action.bytes != saved[action.index].bytes:
+            return f"{one} has {saved[action.index].bytes} bytes, not {action.bytes}"
+        if not 0 <= action.fraction <= 1:
+            return f"{one} has the fraction {action.fraction}"
+        if (action.format is None) == (action.action is Action.COMPRESS):
+            return f"{one}: a format is for compressed storages, and for them a must"
+        if action.action is Action.RECOMPUTE and action.fraction < 1 and not saved[action.index].token_wise:
+            return f"{one} is recomputed in part, but its rows do not follow from rows"
+        shares[action.index] += action.fraction
+    for index in saved:
+        if abs(shares[index] - 1) > 1e-9:
+            return f"{name} {index}: its fates cover {shares[index]:.6g} of it, not all of it once"
+    return None
+
+
+def _broken_inputs(name: str, trace: Trace, number: int, actions: tuple[StorageAction, ...]) -> str | None:
+    """Inputs are kept, or swapped where no one else needs them."""
+    by_index = {one.index: one.storage for one in trace.blocks[number].saved_inputs}
+    storages = {storage.id: storage for storage in trace.storages}
+    for action in actions:
+        if action.action is Action.KEEP:
+            continue
+        one, storage = f"{name}: saved input {action.index}", by_index[action.index]
+        if action.action is not Action.SWAP:
+            return f"{one} has the action {action.action.value}; inputs can be kept or swapped"
+        for n, other in enumerate(trace.blocks):
+            if n != number and any(s.storage == storage for s in (*other.saved, *other.saved_inputs)):
+                return f"{one} is swapped, but block {other.path} (call {other.call}) saves it too"
+        backward = [op for op in trace.ops if op.phase is Phase.BACKWARD and storage in (*op.reads, *op.writes)]
+        held = storages[storage].producer is None or storages[storage].death > trace.blocks[number].backward[1]
+        if held or any(op.block != number for op in backward):
+            return f"{one} is swapped, but it is needed outside the block"
     return None

@@ -128,7 +128,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class StorageAction:
-    """What the plan does with one saved storage; ``fraction`` is the share of its rows that the action covers."""
+    """What the plan does with one saved storage, or with a share of it.
+
+    The shares of a storage add up to 1. Kept and swapped shares are bytes: the first ``moved_bytes`` leave, the rest
+    waits in a smaller buffer. A recomputed share below 1 is one of rows, for blocks that run in tiles.
+    """
 
     index: int
     bytes: int
@@ -139,9 +143,23 @@ class StorageAction:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The actions of one call of one block, by saved-storage index; the runtime checks ``signature``."""
+    """The actions of one call of one block; the runtime checks ``signature``.
+
+    ``actions`` go by the index of ``Block.saved``, ``inputs`` by that of ``Block.saved_inputs``. Inputs can be kept or
+    swapped (out when the block's forward has ended, back at its first replay at the latest) and are kept where not
+    named; a swapped one is saved by no other block call and used by no other operation of backward.
+    """
 
     path: str
     call: int
     signature: str
     actions: tuple[StorageAction, ...]
+    inputs: tuple[StorageAction, ...] = ()
+
+
+SPLIT_BYTES = 512
+
+
+def moved_bytes(size: int, fraction: float) -> int:
+    """The bytes that leave when a share of a storage is swapped: a whole number of 512 bytes, or all of them."""
+    return size if fraction >= 1 else int(size * fraction) // SPLIT_BYTES * SPLIT_BYTES

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from memopt.planner import Plan, plan
+from memopt.planner import Action, Plan, plan, validate
+from memopt.planner.plan_file import FORMAT_VERSION
 from tests.planner.toy import CPU, transformer
 
 
@@ -26,6 +27,16 @@ def test_a_plan_comes_back_as_it_was(made: Plan, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_plan_of_the_first_format_keeps_the_inputs() -> None:
+    path = Path(__file__).parent / "data" / "plan_version_1.json"
+    found = Plan.load(path, transformer(2))
+    assert json.loads(path.read_text())["format_version"] == 1
+    assert found.format_version == FORMAT_VERSION
+    assert all(block.inputs == () for block in found.blocks)
+    assert {a.action for block in found.blocks for a in block.actions} == {Action.KEEP, Action.RECOMPUTE}
+    assert validate(transformer(2), found, CPU).broken is None
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(path.read_text())
     edit(data)
@@ -35,7 +46,8 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(format_version=99), "format version 99.*plan again"),
+        (lambda d: d.update(format_version=99), "format version 99.*reads versions 1 and 2: plan again"),
+        (lambda d: d.update(format_version=True), "format version True"),
         (lambda d: d.pop("format_version"), "lacks the field 'format_version'"),
         (lambda d: d.update(extra=1), "unknown field 'extra'"),
         (lambda d: d.pop("peak_bytes"), "lacks the field 'peak_bytes'"),
@@ -65,7 +77,7 @@ def test_wrong_files_are_refused_by_field(
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"plan\.json (is not JSON|lacks)"):
+    with pytest.raises(ValueError, match=r"plan\.json'? (is not JSON|lacks)"):
         Plan.load(path)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from memopt.planner import Action, BlockPlan, Plan, StorageAction, Trace, plan, validate
+from memopt.planner.problem import Rates
 from memopt.planner.simulating import simulate
 from tests.planner.toy import CPU, GPU, transformer
 
@@ -102,17 +103,26 @@ def first_action(found: Plan, **changes: object) -> Plan:
     return first(found, edit)
 
 
+def first_input(found: Plan, **changes: object) -> Plan:
+    given = replace(StorageAction(0, 1000, Action.SWAP), **changes)  # type: ignore[arg-type]
+    return first(found, lambda block: replace(block, inputs=(given,)))
+
+
 RULES: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "other model": (lambda p: replace(p, model_signature="0"), "made for another model"),
     "unknown block": (lambda p: first(p, lambda b: replace(b, path="nowhere")), r"block nowhere \(call 0\) is not in"),
     "twice": (lambda p: replace(p, blocks=(*p.blocks, p.blocks[0])), r"blocks\.0 \(call 0\) is planned twice"),
     "signature": (lambda p: first(p, lambda b: replace(b, signature="x")), "has signature toy-block"),
-    "unknown storage": (lambda p: first_action(p, index=77), "has no saved storage 77"),
+    "unknown storage": (lambda p: first_action(p, index=77), "saved storage 77 is not in the trace"),
     "size": (lambda p: first_action(p, bytes=5), "saved storage 0 has 1000 bytes, not 5"),
     "fraction": (lambda p: first_action(p, fraction=1.5), "has the fraction 1.5"),
-    "not all": (lambda p: first_action(p, fraction=0.5), "cover 0.5 of it"),
+    "not all": (lambda p: first_action(p, fraction=0.5), "fates cover 0.5 of it"),
     "format": (lambda p: first_action(p, format="8bit"), "a format is for compressed"),
-    "no fate": (lambda p: first(p, lambda b: replace(b, actions=b.actions[1:])), "storage 0 cover 0 of it"),
+    "rows": (lambda p: first_action(p, index=1, action=Action.RECOMPUTE, fraction=0.5), "saved storage 1"),
+    "input action": (lambda p: first_input(p, action=Action.RECOMPUTE), "inputs can be kept or swapped"),
+    "input unknown": (lambda p: first_input(p, index=4), "saved input 4 is not in the trace"),
+    "input share": (lambda p: first_input(p, fraction=0.5), "saved input 0: its fates cover 0.5 of it"),
+    "no fate": (lambda p: first(p, lambda b: replace(b, actions=b.actions[1:])), "storage 0: its fates cover 0 of it"),
     "budget": (lambda p: replace(p, budget_bytes=p.peak_bytes - 1), "exceeds the budget"),
     "promise": (lambda p: replace(p, peak_bytes=p.peak_bytes - 1), "the plan promises"),
 }
@@ -144,3 +154,66 @@ def test_recomputing_what_no_operation_writes_is_broken() -> None:
     broken = simulate(odd, with_actions(odd, {(0, 7): Action.RECOMPUTE}), CPU).broken
     assert broken is not None
     assert "which none of its operations writes" in broken
+
+
+def with_input(trace: Trace, block: int, *parts: StorageAction) -> tuple[BlockPlan, ...]:
+    plans = list(with_actions(trace, {}))
+    plans[block] = replace(plans[block], inputs=parts)
+    return tuple(plans)
+
+
+@pytest.mark.parametrize("rates", [CPU, GPU], ids=lambda r: r.name)
+def test_a_swapped_input_is_away_between_the_blocks(rates: Rates) -> None:
+    trace = transformer(5, unit=1000, logits=40)
+    played = simulate(trace, with_input(trace, 1, StorageAction(0, 1000, Action.SWAP)), rates)
+    assert played.broken is None
+    assert played.swapped_bytes == 1000
+    assert played.peak_bytes == trace.peak_bytes - 1000
+
+
+def test_a_swapped_input_is_back_for_the_first_replay() -> None:
+    trace = transformer(3, unit=1000, logits=0)
+    start = trace.blocks[2].backward[0]
+    chosen = {(2, GELU): Action.RECOMPUTE}
+
+    def live(plans: tuple[BlockPlan, ...]) -> int:
+        """Bytes when the last block's first backward operation runs, which needs the recomputed storage."""
+        moments = simulate(trace, plans, CPU).moments
+        return sum(moments[start + 1][1])  # the replay is a moment of its own
+
+    plain = with_actions(trace, chosen)
+    moved = (*plain[:2], replace(plain[2], inputs=(StorageAction(0, 1000, Action.SWAP),)))
+    assert live(moved) == live(plain)
+
+
+def test_an_input_that_another_block_saves_too_is_not_swapped() -> None:
+    trace = transformer(3)
+    storage = trace.blocks[1].saved_inputs[0].storage
+    shared = replace(trace.blocks[0].saved[0], index=7, storage=storage)
+    both = replace(trace.blocks[0], saved=(*trace.blocks[0].saved, shared))
+    odd = replace(trace, blocks=(both, *trace.blocks[1:]))
+    found = plan(odd, None, CPU)
+    moved = replace(found.blocks[1], inputs=(StorageAction(0, 1000, Action.SWAP),))
+    broken = validate(odd, replace(found, blocks=(found.blocks[0], moved, found.blocks[2])), CPU).broken
+    assert broken is not None
+    assert "saved input 0 is swapped, but block blocks.0 (call 0) saves it too" in broken
+    smallest = plan(odd, int(odd.peak_bytes * 0.3), CPU).smallest_budget_bytes
+    assert not plan(odd, smallest, CPU).blocks[1].inputs
+
+
+def test_of_a_storage_swapped_in_part_the_rest_waits_in_a_buffer_of_its_own() -> None:
+    trace = transformer(2, unit=1024, logits=40)
+    plans = list(with_actions(trace, {}))
+    size = 4 * 1024
+    parts = (StorageAction(UP, size, Action.SWAP, 0.7), StorageAction(UP, size, Action.KEEP, 0.3))
+    rest = tuple(a for a in plans[0].actions if a.index != UP)
+    plans[0] = replace(plans[0], actions=(*rest, *parts))
+    moved = 5 * 512  # 0.7 of 4096 bytes, rounded down to 512
+    played = simulate(trace, plans, CPU)
+    assert played.swapped_bytes == moved
+    assert played.stall_seconds == pytest.approx(2 * moved / CPU.swap_out_bytes_per_second)
+    assert played.peak_bytes == trace.peak_bytes - moved
+    before, after = simulate(trace, (), CPU).moments, played.moments
+    down = next(op.index for op in trace.ops if op.name == "down")  # what follows the last use in forward
+    assert sum(after[down][1]) == sum(before[down][1]) - 1024 + size - moved, "both are there, before down's output"
+    assert sum(after[down + 1][1]) == sum(before[down][1]) - moved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from memopt.planner.problem import Rates
 from memopt.planner.values import Block, Category, Op, Phase, SavedStorage, Storage, Trace
@@ -33,7 +33,6 @@ class Script:
         writes: list[int] | None = None,
         flops: int = 0,
         category: Category = Category.ACTIVATIONS,
-        block: int | None = None,
     ) -> int:
         out = list(writes or [])
         if size is not None:
@@ -41,7 +40,7 @@ class Script:
         index = len(self.ops)
         moved_in = sum(self.size(r) for r in reads)
         moved_out = sum(self.size(w) for w in out)
-        self.ops.append(Op(index, name, phase, block, flops, moved_in, moved_out, tuple(reads), tuple(out)))
+        self.ops.append(Op(index, name, phase, None, flops, moved_in, moved_out, tuple(reads), tuple(out)))
         for used in (*reads, *out):
             self.alive_until(used, index + 1)
         return out[-1] if out else -1
@@ -58,7 +57,9 @@ class Script:
         for n, s in enumerate(self.storages):
             lasting = s["category"] in (Category.WEIGHTS, Category.OPTIMIZER)
             death = end if lasting else int(str(s["death"]))
-            found.append(Storage(n, self.size(n), s["category"], int(str(s["birth"])), death, None, str(s["name"])))  # type: ignore[arg-type]
+            birth = int(str(s["birth"]))
+            producer = None if lasting else birth
+            found.append(Storage(n, self.size(n), s["category"], birth, death, producer, str(s["name"])))  # type: ignore[arg-type]
         change = [0] * (end + 1)
         for storage in found:
             change[storage.birth] += storage.bytes
@@ -67,7 +68,9 @@ class Script:
         for step in change:
             live += step
             peak = max(peak, live)
-        return Trace("toy", tuple(self.ops), tuple(found), tuple(blocks), peak, dtype)
+        owner = {op: n for n, b in enumerate(blocks) for run in (b.forward, b.backward) for op in range(*run)}
+        ops = tuple(replace(op, block=owner.get(op.index)) for op in self.ops)
+        return Trace("toy", ops, tuple(found), tuple(blocks), peak, dtype)
 
 
 def transformer(
@@ -120,7 +123,8 @@ def transformer(
         saved = tuple(
             SavedStorage(i, v, s.size(v), 0, v not in (qkv, attention), "float32") for i, v in enumerate(made[k][2])
         )
-        blocks.append(Block(f"blocks.{k}", 0, 0, forward, (start, len(s.ops)), (x,), (y,), saved, "toy-block"))
+        given = (SavedStorage(0, x, s.size(x), 0, True, "float32"),)
+        blocks.append(Block(f"blocks.{k}", 0, 0, forward, (start, len(s.ops)), (x,), (y,), saved, "toy-block", given))
     for dw in gradients:
         s.alive_until(dw, len(s.ops))
     for k, w in enumerate(weights):

@@ -14,7 +14,7 @@ class Site:
     It is written from ``birth`` on, forward lets go of it at ``forward_end``, backward needs it from ``first_need`` to
     ``death``. With overlapped copies it has left by ``leave`` and starts to come back at ``arrive``. Forward lets go
     ``lead_seconds`` before the block's forward ends. ``replay_seconds`` is what its replay costs beside the shared
-    ``replay_needs``; ``None`` where none is possible.
+    ``replay_needs``; ``None`` where none is possible. ``divisible`` says that a share of it is worth an own choice.
     """
 
     bytes: int
@@ -29,6 +29,7 @@ class Site:
     replay_seconds: float | None
     replay_needs: tuple[int, ...]
     rates: Rates
+    divisible: bool = False
 
 
 def resident(bytes: int, *intervals: tuple[int, int]) -> tuple[Span, ...]:

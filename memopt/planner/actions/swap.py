@@ -3,24 +3,51 @@
 With overlapped copies they are gone by the end of the next block's forward and return from the beginning of the next
 block's backward on, at no cost as long as the link keeps up (the link's own constraints see to that). Without overlap
 the copy holds up the step for bytes / bandwidth each way.
+
+Of a large storage a share may leave. The rest moves to a smaller buffer when forward lets go of the storage and back
+when backward needs it, so that around these moments both are there.
 """
 
 from __future__ import annotations
 
 from memopt.planner.actions.site import Site, resident
 from memopt.planner.problem import Choice
-from memopt.planner.values import Action
+from memopt.planner.values import Action, moved_bytes
+
+SHARES = (1.0, 0.75, 0.5, 0.25)
 
 
 def choices(site: Site) -> list[Choice]:
-    """Possible wherever the hardware has a tier to swap to."""
+    """Possible wherever the hardware has a tier to swap to and there is time in between."""
     rates = site.rates
     if rates.tier == "none":
         return []
+    leaves, returns = site.forward_end, site.first_need
     if rates.overlap:
-        leaves, returns, seconds = max(site.forward_end, site.leave), min(site.arrive, site.first_need), 0.0
-    else:
-        leaves, returns = site.forward_end, site.first_need
-        seconds = site.bytes / rates.swap_out_bytes_per_second + site.bytes / rates.swap_in_bytes_per_second
-    spans = resident(site.bytes, (site.birth, leaves), (returns, site.death))
-    return [Choice(-1, Action.SWAP, None, spans, 0, site.bytes, site.lead_seconds, seconds, (), True)]
+        leaves, returns = max(leaves, site.leave), min(site.arrive, returns)
+    if leaves >= returns:
+        return []
+    found = []
+    for share in SHARES if site.divisible else (1.0,):
+        moved = moved_bytes(site.bytes, share)
+        rest = site.bytes - moved
+        seconds = moved / rates.swap_out_bytes_per_second + moved / rates.swap_in_bytes_per_second
+        spans = resident(site.bytes, (site.birth, leaves), (returns, site.death))
+        if rest:
+            spans += ((site.forward_end - 1, site.first_need + 1, rest),)
+        found.append(
+            Choice(
+                -1,
+                Action.SWAP,
+                None,
+                spans,
+                rest,
+                moved,
+                site.lead_seconds,
+                0.0 if rates.overlap else seconds,
+                (),
+                True,
+                share,
+            )
+        )
+    return found
