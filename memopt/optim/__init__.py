@@ -12,12 +12,13 @@ from memopt.optim.formats import StateFormat
 from memopt.optim.gradient_release import release_gradients
 from memopt.optim.optimizer import RuleOptimizer
 from memopt.optim.registry import make, optimizers
+from memopt.optim.sharpness import blockwise_lr
 from memopt.optim.zeroth_order import ZerothOrder
 
 globals().update(optimizers())
 
 __all__ = ["BlockCoordinate", "LowRankDCT", "RuleOptimizer", "Split", "StateFormat", "ZerothOrder", "convert", "make"]
-__all__ += ["release_gradients"]
+__all__ += ["blockwise_lr", "release_gradients"]
 __all__ += optimizers()
 __all__.sort()
 

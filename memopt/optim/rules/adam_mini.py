@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from memopt.kernels import State, Update
 from memopt.optim import checks, sharding
+from memopt.optim.attention import query_and_key_weights
 from memopt.optim.batch import Batch, Slot, SmallState
-from memopt.optim.heads import query_and_key_weights
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.rules.adamw import EXP_AVG, adam_scalars
 
@@ -71,8 +71,8 @@ class AdamMini(RuleOptimizer):
     token, output channel); the whole of a one-dimensional parameter.
 
     Args:
-        params: a model, whose attention modules are found by their structure (``memopt.optim.heads``), or parameters or
-            groups of them; then ``rows_per_block`` tells which are queries and keys.
+        params: a model, whose attention modules are found by their structure (``memopt.optim.attention``), or
+            parameters or groups of them; then ``rows_per_block`` tells which are queries and keys.
         lr: learning rate, a float or a tensor of one element.
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.
