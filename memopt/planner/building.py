@@ -9,10 +9,11 @@ from itertools import pairwise
 
 from memopt.planner.actions import Site, choices_at
 from memopt.planner.early import early_returns
+from memopt.planner.inputs import movable_inputs
 from memopt.planner.positions import positions
 from memopt.planner.problem import BlockItems, Item, Milestone, Moments, Problem, Rates, Resource, held_at
 from memopt.planner.replaying import Replay, is_steady, replays
-from memopt.planner.values import Action, Block, Category, Phase, SavedStorage, Storage, Trace
+from memopt.planner.values import Action, Block, Category, SavedStorage, Storage, Trace
 
 DIVISIBLE_SHARE = 0.1  # of a block's saved bytes: smaller storages leave whole or not at all
 
@@ -46,6 +47,7 @@ class Builder:
         self.managed: set[int] = set()
         counts = Counter(saved.storage for block in trace.blocks for saved in (*block.saved, *block.saved_inputs))
         self.shared_between_blocks = {storage for storage, count in counts.items() if count > 1}
+        self.movable_inputs = movable_inputs(trace)
         self.moments = moments(trace)
 
     def _touches(self) -> dict[int, list[int]]:
@@ -97,8 +99,8 @@ class Builder:
         """The block's saved inputs; a swapped one is back when the block's first replay begins."""
         block = self.trace.blocks[position]
         items = []
-        for saved in block.saved_inputs:
-            if not self._is_movable_input(position, saved):
+        for saved in self.movable_inputs[position]:
+            if saved.bytes <= self.saved_limit:
                 continue
             site = self._site(position, saved, None, (), divisible=False)
             drafts = choices_at(site, self.actions & {Action.KEEP, Action.SWAP})
@@ -108,15 +110,6 @@ class Builder:
                 index = len(block.saved) + saved.index
                 items.append(Item(index, saved.bytes, False, choices, tuple(readers), site.first_need, 0))
         return items
-
-    def _is_movable_input(self, position: int, saved: SavedStorage) -> bool:
-        """Inputs that forward made, that only this block saves and that are not needed once its backward is over."""
-        block, storage = self.trace.blocks[position], self.storages[saved.storage]
-        if storage.producer is None or storage.category is Category.WEIGHTS or storage.death > block.backward[1]:
-            return False
-        backward = [op for op in self.touches.get(saved.storage, []) if self.trace.ops[op].phase is Phase.BACKWARD]
-        alone = all(self.trace.ops[op].block == position for op in backward)
-        return alone and saved.storage not in self.shared_between_blocks and saved.bytes > self.saved_limit
 
     def _transient_bytes(self, block: Block, replay: Replay) -> int:
         """The most that a replay writes beside saved storages at any of its operations."""

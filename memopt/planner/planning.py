@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from memopt.planner.values import Action, BlockPlan, Category, SavedStorage, Sta
 
 DEFAULT_ACTIONS = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
 CLOSE = 0.002  # of the budget: a peak so little below it leaves nothing to gain
+Shared = tuple[Choice, float]  # a choice taken for a share of a storage
 ROUNDS = 6  # solves with a corrected target, until the program's memory and the simulation's agree
 
 
@@ -42,6 +43,7 @@ def plan(
     actions: Iterable[Action | str] = DEFAULT_ACTIONS,
     time_limit: float = 10.0,
     solver: str = "cbc",
+    tiled: bool = False,
 ) -> Plan:
     """Decide what happens to every saved storage of a traced step, so that the step fits and costs the least seconds.
 
@@ -52,6 +54,7 @@ def plan(
         actions: what may be done; ``"compress"`` is lossy and so only done when named.
         time_limit: seconds for all solves together; the best answer so far counts when they are over.
         solver: ``"cbc"`` (bundled), ``"highs"``, or PuLP's name of another.
+        tiled: the rows of token-wise storages may be divided between actions, for blocks that run in tiles.
 
     Returns:
         A plan that ``validate`` has passed. With status ``"infeasible"`` it has no actions, but
@@ -72,7 +75,7 @@ def plan(
             "give a larger budget, a smaller model or weights of a smaller dtype"
         )
     rates = rates_of(hardware, trace.dtype)
-    planner = _Planner(trace, rates, allowed, time_limit, solver)
+    planner = _Planner(trace, rates, allowed, time_limit, solver, tiled)
     baseline = simulate(trace, (), rates)
     if budget_bytes is None or baseline.peak_bytes <= budget_bytes:
         kept = planner.block_plans({})
@@ -109,8 +112,10 @@ def _actions(actions: Iterable[Action | str]) -> frozenset[Action]:
 class _Planner:
     """The rounds of solving and simulating for one trace on one device."""
 
-    def __init__(self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str) -> None:
-        self.trace, self.rates, self.actions = trace, rates, actions
+    def __init__(
+        self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str, tiled: bool
+    ) -> None:
+        self.trace, self.rates, self.actions, self.tiled = trace, rates, actions, tiled
         self.deadline, self.solver = time.monotonic() + time_limit, solver
         self.bound_seconds: float | None = None
         self._smallest: _Answer | None = None
@@ -124,18 +129,18 @@ class _Planner:
         """Seconds that the next solve may take."""
         return max(0.5, self.deadline - time.monotonic())
 
-    def block_plans(self, chosen: Mapping[tuple[int, int], Choice]) -> tuple[BlockPlan, ...]:
+    def block_plans(self, chosen: Mapping[tuple[int, int], Sequence[Shared]]) -> tuple[BlockPlan, ...]:
         """Plans for every block call that saves the same in every step; what was not decided about is kept."""
         plans = []
         for n, block in enumerate(self.trace.blocks):
             if not is_steady(self.trace, block):
                 continue
-            own = [part for saved in block.saved for part in _parts(saved, chosen.get((n, saved.index)))]
+            own = [part for saved in block.saved for part in _parts(saved, chosen.get((n, saved.index), ()))]
             given = [
                 part
                 for saved in block.saved_inputs
-                if (choice := chosen.get((n, len(block.saved) + saved.index))) is not None
-                for part in _parts(saved, choice)
+                if (taken := chosen.get((n, len(block.saved) + saved.index)))
+                for part in _parts(saved, taken)
             ]
             plans.append(BlockPlan(block.path, block.call, block.signature, tuple(own), tuple(given)))
         return tuple(plans)
@@ -149,7 +154,7 @@ class _Planner:
         target, best, raised = budget_bytes, None, False
         for _ in range(ROUNDS):
             problem = self.problem.within(target)
-            solution = solve(problem, self.left(), self.solver)
+            solution = solve(problem, self.left(), self.solver, tiled=self.tiled)
             if solution.status is Status.INFEASIBLE:
                 break
             if target == budget_bytes:
@@ -174,7 +179,7 @@ class _Planner:
         """The policy with the smallest peak that was found."""
         if self._smallest is not None:
             return self._smallest
-        _, solution = smallest_peak(self.problem, self.left(), self.solver)
+        _, solution = smallest_peak(self.problem, self.left(), self.solver, self.tiled)
         kept = simulate(self.trace, (), self.rates)
         answer = self._play(self.problem, solution)
         if kept.peak_bytes <= answer.simulation.peak_bytes:
@@ -183,12 +188,11 @@ class _Planner:
         return answer
 
     def _play(self, problem: Problem, solution: Solution) -> _Answer:
+        shares = solution.shares
         chosen = {
-            (block.block, item.index): choice
+            (block.block, item.index): [(c, shares[c.variable]) for c in item.choices if c.variable in shares]
             for block in problem.blocks
             for item in block.items
-            for choice in item.choices
-            if choice.variable in solution.taken
         }
         plans = self.block_plans(chosen)
         return _Answer(plans, simulate(self.trace, plans, self.rates), solution, solution.method)
@@ -200,14 +204,19 @@ class _Planner:
         return max(0.0, (spent - best) / spent) if spent > 0 else 0.0
 
 
-def _parts(saved: SavedStorage, choice: Choice | None) -> list[StorageAction]:
-    """What a choice does with a saved storage, share by share; kept without one."""
-    if choice is None:
+def _parts(saved: SavedStorage, taken: Sequence[Shared]) -> list[StorageAction]:
+    """What the choices taken do with a saved storage, share by share; kept without any."""
+    shares: dict[tuple[Action, str | None], float] = {}
+    for choice, share in taken:
+        for action, format, part in (
+            (choice.action, choice.format, share * choice.fraction),
+            (Action.KEEP, None, share * (1 - choice.fraction)),
+        ):
+            if part > 0:
+                shares[action, format] = shares.get((action, format), 0.0) + part
+    if not shares:
         return [StorageAction(saved.index, saved.bytes, Action.KEEP)]
-    parts = [StorageAction(saved.index, saved.bytes, choice.action, choice.fraction, choice.format)]
-    if choice.fraction < 1:
-        parts.append(StorageAction(saved.index, saved.bytes, Action.KEEP, 1 - choice.fraction))
-    return parts
+    return [StorageAction(saved.index, saved.bytes, a, share, format) for (a, format), share in shares.items()]
 
 
 def _cost(answer: _Answer) -> tuple[float, int]:

@@ -51,19 +51,20 @@ class ReplayModel:
         storage, version = value
         return storage in self.exact and self.final[storage] == version
 
-    def sources(self, storage: int) -> set[int]:
-        """The saved storages that the cone of a recomputed one reads."""
-        found, todo, seen = set(), [(storage, self.final[storage])], set()
+    def cone(self, storage: int) -> tuple[set[int], set[int]]:
+        """What bringing back a recomputed storage takes: the saved storages that are read, the operations that run."""
+        sources, ops, todo, seen = set(), set(), [(storage, self.final[storage])], set()
         while todo:
             value = todo.pop()
             if value in seen:
                 continue
             seen.add(value)
             if self.loadable(value):
-                found.add(value[0])
+                sources.add(value[0])
             elif value in self.producer:
+                ops.add(self.producer[value])
                 todo += self.reads[self.producer[value]]
-        return found
+        return sources, ops
 
     def _start(self) -> None:
         """Counts the reads that are still to come."""

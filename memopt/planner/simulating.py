@@ -103,6 +103,7 @@ class _Player:
         self.saved: dict[int, Fate] = {}
         self.models: dict[int, ReplayModel] = {}
         self.held_until: dict[int, int] = {}
+        self.rows: defaultdict[int, float] = defaultdict(float)
         self.moved_inputs: defaultdict[int, list[int]] = defaultdict(list)
         self.touches: defaultdict[int, list[int]] = defaultdict(list)
         for op in trace.ops:
@@ -151,8 +152,11 @@ class _Player:
                 self._break(block, f"recomputes storage {min(model.unwritten)}, which none of its operations writes")
                 continue
             for s in wanted:
-                for pinned in (*block.inputs, *model.sources(s)):
+                sources, ops = model.cone(s)
+                for pinned in (*block.inputs, *sources):
                     self._hold_until(pinned, self.storages[s].death)
+                for op in ops:  # where blocks run in tiles, the same rows of everything are recomputed
+                    self.rows[op] = max(self.rows[op], self.saved[s].share(Action.RECOMPUTE))
 
     def _hold_until(self, storage: int, time: int) -> None:
         self.held_until[storage] = max(self.held_until.get(storage, self.storages[storage].death), time)
@@ -276,8 +280,7 @@ class _Player:
             return
         if saved.share(Action.RECOMPUTE):
             self._replay(storage, saved, op)
-        else:
-            self._return(storage, saved, op.index)
+        self._return(storage, saved, op.index)
 
     def _return(self, storage: int, saved: Fate, time: int) -> None:
         """Brings back what was swapped or compressed."""
@@ -292,8 +295,9 @@ class _Player:
         for part in saved.parts:
             if part.action is Action.COMPRESS:
                 self._spend_codec(size + self.held.get(("copy", storage), 0))
-        if saved.share(Action.COMPRESS) or saved.tiled:
-            self._resize(("storage", storage), storage, size - saved.kept(size))
+        if saved.share(Action.COMPRESS) or saved.share(Action.RECOMPUTE):
+            again = int(size * saved.share(Action.RECOMPUTE))
+            self._resize(("storage", storage), storage, max(0, size - saved.kept(size) - again))
             return
         self._resize(("storage", storage), storage, size)
         if saved.kept(size):
@@ -302,7 +306,6 @@ class _Player:
 
     def _replay(self, storage: int, saved: Fate, op: Op) -> None:
         """Runs the operations that the storage takes, on the rows that are recomputed."""
-        share = saved.share(Action.RECOMPUTE)
 
         def load(source: int) -> None:
             other = self.saved.get(source)
@@ -314,15 +317,14 @@ class _Player:
 
         def run(again: Op, made: list[int]) -> None:
             for new in made:
-                rows = self.saved[new].share(Action.RECOMPUTE) if new in self.saved else share
-                self._hold(("again", new), new, int(self.storages[new].bytes * (rows or share)))
+                rows = self.saved[new].share(Action.RECOMPUTE) if new in self.saved else 0.0
+                self._hold(("again", new), new, int(self.storages[new].bytes * (rows or self.rows[again.index])))
             self._measure(op.index, f"replay of {again.name}")
-            spent = self.rates.seconds(again.flops, again.bytes_read + again.bytes_written) * share
+            spent = self.rates.seconds(again.flops, again.bytes_read + again.bytes_written) * self.rows[again.index]
             self.clock += spent
             self.found.recompute_seconds += spent
 
         self.models[saved.block].need(storage, load, run, lambda old: self._drop(("again", old)))
-        saved.present = True
 
     def _hold(self, key: tuple[str, int], storage: int, size: int | None = None) -> None:
         self._resize(key, storage, self.storages[storage].bytes if size is None else size)

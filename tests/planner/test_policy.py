@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import pulp
 import pytest
 
-from memopt.planner import Action, SolverError, Status, plan
+from memopt.planner import Action, SolverError, Status, Trace, plan
 from memopt.planner.baselines import BASELINES, baseline
 from memopt.planner.baselines.memo import alpha
 from memopt.planner.building import build
 from memopt.planner.policy import smallest_peak, solve
-from memopt.planner.problem import Rates
+from memopt.planner.problem import Problem, Rates
 from memopt.planner.simulating import simulate
 from tests.planner.toy import CPU, GPU, transformer
 
@@ -59,11 +60,61 @@ def test_memos_alpha_is_the_smaller_of_link_and_host() -> None:
     compute = sum(
         GPU.seconds(op.flops, op.bytes_read + op.bytes_written) for op in trace.ops[block.forward[0] : block.forward[1]]
     )
-    slow = Rates("slow", 1e12, 1e11, 7000 / compute, 7000 / compute, 10**12, "host", overlap=True)
-    assert alpha(trace, slow) == pytest.approx(7000 / 15000)
+    slow = Rates("slow", 1e12, 1e11, 8000 / compute, 8000 / compute, 10**12, "host", overlap=True)
+    assert alpha(trace, slow) == pytest.approx((8000 - 2000) / 14000)  # the input and attention leave whole
     assert alpha(trace, GPU) == 1.0
     small = Rates("small", 1e12, 1e11, 1e12, 1e12, 4 * 3000, "host", overlap=True)
-    assert alpha(trace, small) == pytest.approx(3000 / 15000)
+    assert alpha(trace, small) == pytest.approx((3000 - 2000) / 14000)
+
+
+def memos_problem(trace: Trace, rates: Rates) -> Problem:
+    """What MEMO assumes: memory for nothing but the last two layers, input and attention swapped, the rest divided.
+
+    Copies begin when a layer's forward ends, and nothing is replayed for more than one storage.
+    """
+    problem = build(trace, rates, EXACT)
+    blocks = []
+    for block in problem.blocks:
+        last = block.block >= len(problem.blocks) - 2
+        items = []
+        for item in block.items:
+            saved = trace.blocks[block.block].saved[item.index : item.index + 1]
+            whole = not saved or trace.ops[saved[0].producer].name == "attention"
+            allowed = {Action.KEEP} if last else {Action.SWAP} if whole else {Action.SWAP, Action.RECOMPUTE}
+            choices = [
+                replace(c, swap_lead_seconds=0.0) for c in item.choices if c.action in allowed and c.fraction == 1
+            ]
+            items.append(replace(item, choices=tuple(choices), token_wise=not whole))
+        blocks.append(replace(block, items=tuple(items)))
+    return replace(problem, blocks=tuple(blocks), positions=())
+
+
+@pytest.mark.parametrize("room", [10**12, 4 * 6000], ids=["link", "host"])
+def test_memos_closed_form_is_the_linear_program(room: int) -> None:
+    trace = transformer(6, unit=1000, flops=10**9)
+    block = trace.blocks[0]
+    compute = sum(
+        GPU.seconds(op.flops, op.bytes_read + op.bytes_written) for op in trace.ops[block.forward[0] : block.forward[1]]
+    )
+    link = 9000 / compute
+    rates = Rates("slow", GPU.flops_per_second, GPU.memory_bytes_per_second, link, link, room, "host", overlap=True)
+    expected = alpha(trace, rates)
+    assert expected == pytest.approx((min(9000, room / 4) - 2000) / 14000)
+    problem = memos_problem(trace, rates)
+    solution = solve(problem, tiled=True, gap=1e-8)  # seconds before traffic, as in the closed form
+    swapped = sum(
+        c.swap_bytes * solution.shares.get(c.variable, 0) for b in problem.blocks for i in b.items for c in i.choices
+    )
+    assert (swapped / 4 - 2000) / 14000 == pytest.approx(expected, rel=1e-5)
+
+
+def test_divided_rows_are_never_slower_than_whole_storages() -> None:
+    trace = transformer(4, unit=10**5, flops=10**8)
+    for budget in (0.75, 0.85):
+        whole = plan(trace, int(trace.peak_bytes * budget), CPU)
+        divided = plan(trace, int(trace.peak_bytes * budget), CPU, tiled=True)
+        assert divided.peak_bytes <= trace.peak_bytes * budget
+        assert divided.step_seconds <= whole.step_seconds * (1 + 1e-3)
 
 
 def test_the_program_counts_what_the_simulation_counts() -> None:

@@ -48,6 +48,9 @@ class Script:
     def size(self, storage: int) -> int:
         return int(str(self.storages[storage]["bytes"]))
 
+    def birth(self, storage: int) -> int:
+        return int(str(self.storages[storage]["birth"]))
+
     def alive_until(self, storage: int, time: int) -> None:
         self.storages[storage]["death"] = max(int(str(self.storages[storage]["death"])), time)
 
@@ -57,7 +60,7 @@ class Script:
         for n, s in enumerate(self.storages):
             lasting = s["category"] in (Category.WEIGHTS, Category.OPTIMIZER)
             death = end if lasting else int(str(s["death"]))
-            birth = int(str(s["birth"]))
+            birth = self.birth(n)
             producer = None if lasting else birth
             found.append(Storage(n, self.size(n), s["category"], birth, death, producer, str(s["name"])))  # type: ignore[arg-type]
         change = [0] * (end + 1)
@@ -121,9 +124,10 @@ def transformer(
         d = s.op("qkv_backward", B, [d, norm, w], unit, writes=[dw], flops=6 * flops, category=T)
         g = s.op("norm_backward", B, [d, x, g], unit, category=T)
         saved = tuple(
-            SavedStorage(i, v, s.size(v), 0, v not in (qkv, attention), "float32") for i, v in enumerate(made[k][2])
+            SavedStorage(i, v, s.size(v), s.birth(v), v not in (qkv, attention), "float32")
+            for i, v in enumerate(made[k][2])
         )
-        given = (SavedStorage(0, x, s.size(x), 0, True, "float32"),)
+        given = (SavedStorage(0, x, s.size(x), s.birth(x), True, "float32"),)
         blocks.append(Block(f"blocks.{k}", 0, 0, forward, (start, len(s.ops)), (x,), (y,), saved, "toy-block", given))
     for dw in gradients:
         s.alive_until(dw, len(s.ops))

@@ -5,12 +5,13 @@ The layer's input and the attention's output leave whole; of everything else a f
 
     alpha = min(T_layer * B - S_in - S_attn, M_host / (n - 2) - S_in - S_attn) / S_other, clipped to [0, 1]
 
-Here the layer's input is not a saved storage of the layer, and stays where it is.
+S_in counts the inputs that the layer saves and that no other layer needs.
 """
 
 from __future__ import annotations
 
 from memopt.planner.baselines.whole_blocks import by_storage
+from memopt.planner.inputs import movable_inputs
 from memopt.planner.problem import Rates
 from memopt.planner.values import Action, Block, BlockPlan, SavedStorage, Trace
 
@@ -27,7 +28,7 @@ def choose(trace: Trace, rates: Rates, budget_bytes: int) -> tuple[BlockPlan, ..
             return {Action.SWAP: 1.0}
         return {Action.SWAP: fraction, Action.RECOMPUTE: 1.0 - fraction}
 
-    return by_storage(trace, fate)
+    return by_storage(trace, fate, lambda n: n < layers and rates.tier != "none")
 
 
 def alpha(trace: Trace, rates: Rates) -> float:
@@ -39,11 +40,12 @@ def alpha(trace: Trace, rates: Rates) -> float:
     ops = trace.ops[block.forward[0] : block.forward[1]]
     compute = sum(rates.seconds(op.flops, op.bytes_read + op.bytes_written) for op in ops)
     attention = sum(saved.bytes for saved in block.saved if _is_attention(trace, saved))
+    whole = attention + sum(saved.bytes for saved in movable_inputs(trace)[0])
     other = sum(saved.bytes for saved in block.saved) - attention
     if not other:
         return 0.0
-    by_link = (compute * rates.swap_out_bytes_per_second - attention) / other
-    by_host = (rates.host_bytes / layers - attention) / other
+    by_link = (compute * rates.swap_out_bytes_per_second - whole) / other
+    by_host = (rates.host_bytes / layers - whole) / other
     return max(0.0, min(1.0, by_link, by_host))
 
 

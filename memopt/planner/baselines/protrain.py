@@ -45,7 +45,7 @@ def arrange(trace: Trace, rates: Rates, swapped: int, checkpointed: int) -> tupl
     def fate(n: int) -> Action:
         return Action.SWAP if n in away else Action.RECOMPUTE if n in again else Action.KEEP
 
-    return by_storage(trace, lambda n, block, saved: {fate(n): 1.0})
+    return by_storage(trace, lambda n, block, saved: {fate(n): 1.0}, lambda n: n in away)
 
 
 def _interval(trace: Trace, rates: Rates) -> int:

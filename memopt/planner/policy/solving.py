@@ -18,7 +18,7 @@ from memopt.planner.policy import cost
 from memopt.planner.policy.families import add_all
 from memopt.planner.policy.program import Program
 from memopt.planner.policy.solvers import SolverError, open_solver
-from memopt.planner.problem import Problem
+from memopt.planner.problem import Item, Problem
 from memopt.planner.values import Status
 
 GAP = 2e-4  # of the step's seconds: far less than any model of a device can tell apart
@@ -32,17 +32,22 @@ NEAR = 1e-6  # a relaxed variable so close to an integer counts as one
 
 @dataclass(frozen=True)
 class Solution:
-    """The variables of the choices taken, the seconds they add, a lower bound on those, and how it was obtained."""
+    """The choices taken, the seconds they add, a lower bound on those, and how it was obtained.
+
+    ``shares`` are the variables above 0: 1 for a choice that is taken whole, less where a storage's rows are divided.
+    """
 
     status: Status
-    taken: frozenset[int]
+    shares: dict[int, float]
     seconds: float
     bound_seconds: float
     method: str
     solve_seconds: float
 
 
-def solve(problem: Problem, time_limit: float = 15.0, solver: str = "cbc", gap: float = GAP) -> Solution:
+def solve(
+    problem: Problem, time_limit: float = 15.0, solver: str = "cbc", gap: float = GAP, tiled: bool = False
+) -> Solution:
     """Find the cheapest fate of every item within the budget.
 
     Args:
@@ -50,6 +55,7 @@ def solve(problem: Problem, time_limit: float = 15.0, solver: str = "cbc", gap: 
         time_limit: seconds after which the best answer so far counts.
         solver: ``"cbc"``, ``"highs"``, or PuLP's name of another.
         gap: share of the step's seconds within which an answer counts as optimal.
+        tiled: the rows of token-wise storages may be divided between choices (MEMO's alpha, one for each storage).
 
     Returns:
         A solution; ``infeasible`` where no choice fits the budget in the program's own terms.
@@ -57,15 +63,17 @@ def solve(problem: Problem, time_limit: float = 15.0, solver: str = "cbc", gap: 
     Raises:
         SolverError: the solver cannot be run or answers nonsense.
     """
-    return _Run(problem, time_limit, solver, gap, seek_peak=False).solve()
+    return _Run(problem, time_limit, solver, gap, seek_peak=False, tiled=tiled).solve()
 
 
-def smallest_peak(problem: Problem, time_limit: float = 15.0, solver: str = "cbc") -> tuple[int, Solution]:
+def smallest_peak(
+    problem: Problem, time_limit: float = 15.0, solver: str = "cbc", tiled: bool = False
+) -> tuple[int, Solution]:
     """Find the choices with the smallest peak, and that peak in the program's own terms.
 
     The problem's budget must leave out no position that matters; 0, with which it is built, keeps them all.
     """
-    run = _Run(problem, time_limit, solver, PEAK_GAP, seek_peak=True)
+    run = _Run(problem, time_limit, solver, PEAK_GAP, seek_peak=True, tiled=tiled)
     solution = run.solve()
     return math.ceil(run.peak_bytes), solution
 
@@ -73,7 +81,9 @@ def smallest_peak(problem: Problem, time_limit: float = 15.0, solver: str = "cbc
 class _Run:
     """One program on its way to an answer."""
 
-    def __init__(self, problem: Problem, time_limit: float, solver: str, gap: float, seek_peak: bool) -> None:
+    def __init__(
+        self, problem: Problem, time_limit: float, solver: str, gap: float, seek_peak: bool, tiled: bool
+    ) -> None:
         import pulp
 
         self.problem, self.gap, self.seek_peak = problem, gap, seek_peak
@@ -86,6 +96,13 @@ class _Run:
         self.program = Program(problem, pulp.LpProblem("policy", pulp.LpMinimize), unit_bytes, problem.compute_seconds)
         program = self.program
         program.choices = {c.variable: program.continuous(f"x{c.variable}", 0, 1) for c in program.all_choices()}
+        self.divided = {
+            program.choices[c.variable].name
+            for block in problem.blocks
+            for item in block.items
+            if tiled and item.token_wise
+            for c in item.choices
+        }
         useful = useful_resources(problem)
         program.resources = {
             r.variable: program.continuous(f"y{r.variable}", 0, 1)
@@ -102,9 +119,9 @@ class _Run:
         """Relax, fix what is decided, solve the rest; then, at no loss of time, swap as little as possible."""
         status, method = self._minimise(prove=not self.seek_peak)
         if status is Status.INFEASIBLE:
-            return Solution(status, frozenset(), math.inf, math.inf, method, time.monotonic() - self.began)
+            return Solution(status, {}, math.inf, math.inf, method, time.monotonic() - self.began)
         answer = self._solution(status, method)
-        swapped = sum(c.swap_bytes for c in self.program.all_choices() if c.variable in answer.taken)
+        swapped = sum(c.swap_bytes for c in self.program.all_choices() if c.variable in answer.shares)
         if not swapped or self.seek_peak or not self.problem.rates.overlap or self._left() < 1:
             return answer
         share = answer.seconds / self.problem.compute_seconds
@@ -195,6 +212,8 @@ class _Run:
         }
         free = 0
         for variable in variables:
+            if variable.name in self.divided:
+                continue
             value, price = relaxed[variable.name]
             fixed = variable.name not in split and decided(value, price)
             variable.cat = "Integer"
@@ -225,15 +244,18 @@ class _Run:
         return float(self.program.model.objective.value())
 
     def _solution(self, status: Status, method: str) -> Solution:
-        taken = set()
+        shares = {}
         for block in self.problem.blocks:
             for item in block.items:
+                if self.program.choices[item.choices[0].variable].name in self.divided:
+                    shares.update(self._divided(block.block, item))
+                    continue
                 best = max(item.choices, key=lambda c: self.program.choices[c.variable].varValue or 0.0)
                 if not 0.999 <= (self.program.choices[best.variable].varValue or 0.0) <= 1.001:
                     raise SolverError(
                         f"solver {self.solver!r} answered no integers for block {block.block}, item {item.index}"
                     )
-                taken.add(best.variable)
+                shares[best.variable] = 1.0
         if self.program.peak is not None:
             self.peak_bytes = float(self.program.peak.varValue) * self.program.unit_bytes
         seconds = float(cost.seconds(self.program).value()) * self.problem.compute_seconds
@@ -241,7 +263,16 @@ class _Run:
         if status is Status.OPTIMAL and over > 2 * self.gap:
             status = Status.FEASIBLE
         lower = max(0.0, seconds - over * self.problem.compute_seconds)
-        return Solution(status, frozenset(taken), seconds, lower, method, time.monotonic() - self.began)
+        return Solution(status, shares, seconds, lower, method, time.monotonic() - self.began)
+
+    def _divided(self, block: int, item: Item) -> dict[int, float]:
+        """The shares of a storage whose rows are divided; they add up to 1 exactly."""
+        found = {c.variable: float(self.program.choices[c.variable].varValue or 0.0) for c in item.choices}
+        if abs(sum(found.values()) - 1) > 1e-3 or min(found.values()) < -1e-3:
+            raise SolverError(f"solver {self.solver!r} answered no shares for block {block}, item {item.index}")
+        found = {variable: share for variable, share in found.items() if share > NEAR}
+        whole = sum(found.values())
+        return {variable: share / whole for variable, share in found.items()}
 
 
 def _whole(value: float) -> bool:
