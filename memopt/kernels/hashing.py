@@ -11,6 +11,8 @@ are taken at the start of the row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,17 @@ MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 GOLDEN32, M1 = 0x9E3779B1, 0x85EBCA6B
 GOLDEN64 = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a tensor is rounded: ``"nearest"`` or ``"stochastic"``, and what the random numbers depend on."""
+
+    kind: str = "nearest"
+    seed: int = 0
+    step: int = 0
+    number: int = 0
+    offset: int = 0  # the global index of the first element
 
 
 def mix64(x: int) -> int:

@@ -8,21 +8,20 @@ from torch import Tensor
 from memopt.kernels import hashing
 from memopt.kernels.blocks import Blocks, block_maxima
 from memopt.kernels.codecs import Codec
+from memopt.kernels.hashing import Rounding
 
 # A scale below TINY makes unit / scale overflow: such blocks are computed 2**64 times larger, which is exact.
 TINY, LIFT = 2.0**-60, 2.0**64
 
 
-def quantize(
-    x: Tensor, codec: Codec, rounding: str, seed: int, step: int, number: int, offset: int
-) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, codec: Codec, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``x`` in the shapes of :class:`memopt.kernels.Quantized`."""
     blocks = codec.blocks(x.shape)
     flat = x.detach().float().reshape(blocks.rows, blocks.row_length)
     noise = None
-    if rounding == "stochastic":
-        base = hashing.base_key(seed, step, number)
-        noise = hashing.noise(base, offset, blocks.rows, blocks.row_length, 0, x.device)
+    if rounding.kind == "stochastic":
+        base = hashing.base_key(rounding.seed, rounding.step, rounding.number)
+        noise = hashing.noise(base, rounding.offset, blocks.rows, blocks.row_length, 0, x.device)
     codes, scales = encode_rows(flat, codec, blocks, noise)
     return codes.reshape(blocks.code_shape(x.shape, codec.bits)), scales.reshape(blocks.scale_shape)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memopt.kernels import quantize_torch
-from memopt.kernels.backend import choose_backend
-from memopt.kernels.codecs import Codec, get_codec
+from memopt.kernels import quantize_ops
+from memopt.kernels.codecs import Codec, get_codec, is_registered
+from memopt.kernels.hashing import Rounding
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,34 +56,38 @@ def quantize_blockwise(
     step: int = 0,
     number: int = 0,
     offset: int = 0,
+    out: Quantized | None = None,
 ) -> Quantized:
     """Codes and scales of ``x``.
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides.
         codec: a :class:`Codec` or its registered name.
-        rounding: ``"nearest"`` (exactly) or ``"stochastic"`` (unbiased to ``2**-17`` of a cell).
+        rounding: ``"nearest"`` (exactly) or ``"stochastic"`` (unbiased to ``2**-16`` of a cell).
         seed, step, number: what the random numbers depend on, besides the element's index.
         offset: the global index of ``x``'s first element, when ``x`` is some of the rows of a larger tensor.
+        out: of the shape, codec and device, to write into; fresh memory costs more than the arithmetic.
 
     Returns:
-        A :class:`Quantized`. A block that holds a NaN or an infinity has scale NaN and decodes to NaN.
+        ``out``, or a new :class:`Quantized`. A block that holds a NaN or an infinity has scale NaN and decodes to NaN.
     """
     codec = get_codec(codec)
     check_floating("x", x)
     check_rounding(rounding)
-    arguments = (x, codec, rounding, seed, step, number, offset)
-    backend, answer = choose_backend(x.device), None
-    if backend == "native":
-        from memopt.kernels.native.quantize import quantize as native
-
-        answer = native(*arguments)
-    elif backend == "triton":
-        from memopt.kernels.gpu.quantize import quantize as triton
-
-        answer = triton(*arguments)
-    codes, scales = answer or quantize_torch.quantize(*arguments)
-    return Quantized(codes, scales, tuple(x.shape), codec)
+    x = x.detach()
+    if out is None and is_registered(codec):
+        key = [_signed(part) for part in (seed, step, number, offset)]
+        codes, scales = quantize_ops.quantize(x, codec.name, codec.block, rounding, *key)
+        return Quantized(codes, scales, tuple(x.shape), codec)
+    if out is None:
+        out = Quantized(*quantize_ops.empty(x, codec), tuple(x.shape), codec)
+    if tuple(out.shape) != tuple(x.shape) or out.codec != codec or out.codes.device != x.device:
+        raise ValueError(
+            f"out must hold {tuple(x.shape)} as {codec} on {x.device}, got {tuple(out.shape)} as {out.codec} on "
+            f"{out.codes.device}; make it with Quantized.zeros"
+        )
+    quantize_ops.encode(x, out.codes, out.scales, codec, Rounding(rounding, seed, step, number, offset))
+    return out
 
 
 def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
@@ -96,6 +100,9 @@ def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32, ou
     """
     if out is None and dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if out is None and is_registered(q.codec):
+        made: Tensor = quantize_ops.dequantize(q.codes, q.scales, q.shape, q.codec.name, q.codec.block, dtype)
+        return made
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
     check_floating("out", out)
@@ -103,18 +110,8 @@ def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32, ou
         raise ValueError(
             f"out must be contiguous {q.shape} on {q.codes.device}, got {tuple(out.shape)} on {out.device}"
         )
-    backend, done = choose_backend(out.device), False
-    if backend == "native":
-        from memopt.kernels.native.quantize import dequantize as native
-
-        done = native(q.codes, q.scales, q.codec, out)
-    elif backend == "triton":
-        from memopt.kernels.gpu.quantize import dequantize as triton
-
-        done = triton(q.codes, q.scales, q.codec, out)
-    if done:
-        return out
-    return out.copy_(quantize_torch.dequantize(q.codes, q.scales, q.shape, q.codec))
+    quantize_ops.decode(q.codes, q.scales, q.codec, out)
+    return out
 
 
 def check_floating(name: str, x: Tensor) -> None:
@@ -131,3 +128,8 @@ def check_rounding(rounding: str) -> None:
     """Refuses an unknown rounding."""
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+
+
+def _signed(x: int) -> int:
+    """What operators take: 64 bits with a sign."""
+    return (x + 2**63) % 2**64 - 2**63

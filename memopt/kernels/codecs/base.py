@@ -93,6 +93,12 @@ def get_codec(name: str | Codec) -> Codec:
     return _CODECS[name]
 
 
+def is_registered(codec: Codec) -> bool:
+    """Whether the codec follows from its registered name and its block size: only then may an operator name it."""
+    known = _CODECS.get(codec.name)
+    return known is not None and replace(known, block=codec.block, rounding=codec.rounding) == codec
+
+
 def codec_names() -> tuple[str, ...]:
     """Names of all registered codecs, sorted."""
     return tuple(sorted(_CODECS))

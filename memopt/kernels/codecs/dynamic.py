@@ -10,6 +10,7 @@ above zero never gets the code of zero, because a second moment of 0 makes Adam'
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +52,14 @@ class Dynamic(Codec):
         a = x * inverse
         m = km.abs(a) if self.signed else a
         levels = self.magnitudes
-        starts, slopes, offsets = self._pieces
-        slope, offset = slopes[0], offsets[0]
-        for start, s, o in zip(starts[1:], slopes[1:], offsets[1:], strict=True):
-            slope, offset = km.where(m > start, s, slope), km.where(m > start, o, offset)
-        # The number of a level at or just below m, or one less; comparing with the tables makes it exact.
-        j = km.floor(km.fma(m, slope, offset))
-        j = km.clamp(j, 0.0, len(levels) - 2.0)
+        t = self._number(m)
         if noise is None:
+            # The nearest level or the one before it; comparing with the middles makes it exact.
+            j = km.clamp(km.floor(t + 0.25), 0.0, len(levels) - 2.0)
             j = km.where(m > km.take(turning_points(levels), j), j + 1.0, j)
         else:
-            j = km.where(m >= km.take(levels[1:], j), km.minimum(j + 1.0, len(levels) - 2.0), j)
-            low = km.take(levels, j)
-            j = km.where(m > low + (noise * NOISE + 0.5) * (km.take(levels[1:], j) - low), j + 1.0, j)
+            j = km.clamp(km.floor(t), 0.0, len(levels) - 2.0)
+            j = km.where(t - j > noise * NOISE + 0.5, j + 1.0, j)
         if not self.signed:
             return km.where(m > 0.0, km.maximum(j, 1.0), j) + BIAS
         return km.where(a < 0.0, 127.0 - km.minimum(j, 127.0), 127.0 + j) + BIAS
@@ -76,23 +72,54 @@ class Dynamic(Codec):
         """The levels from zero up."""
         return tuple(v for v in dynamic_levels(8, signed=self.signed) if v >= 0)
 
-    @property
-    def _pieces(self) -> tuple[list[float], list[float], list[float]]:
-        """For each decade: where it starts, and the line through its levels' numbers, a quarter lower.
+    def _number(self, m: Any) -> Any:
+        """The number of m among the levels from zero up: whole at a level (to 2**-16), linear between neighbours."""
+        pieces = self._pieces
+        e = km.clamp(km.exponent(m), float(pieces.lowest), 0.0) - float(pieces.lowest)
+        piece = km.take(pieces.first, e)
+        for turns in (pieces.turns, pieces.second_turns):
+            piece = km.where(m > km.take(turns, e), piece + 1.0, piece)
+        return km.fma(m, km.take(pieces.slopes, piece), km.take(pieces.offsets, piece))
 
-        The floor of ``slope * m + offset`` is the number of the level nearest to m, or of the level at or below m, or
-        one less, with a quarter of a level to spare for rounding errors.
-        """
-        starts, slopes, offsets = [0.0], [], []
-        number = 1
-        for i, part in enumerate(_decades(8, self.signed)):
-            width = 0.9 * 10.0 ** (i - 6) / len(part)
-            slopes.append(1 / width)
-            offsets.append(number - part[0] / width - 0.25)
-            if i:
-                starts.append(10.0 ** (i - 6) * 0.1)
-            number += len(part)
-        return starts, slopes, offsets
+    @property
+    def _pieces(self) -> _Pieces:
+        return _pieces(self.signed)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The numbers of the levels as a function of magnitude: straight within a decade and from one to the next.
+
+    A piece ends at the first or last level of a decade. ``first[e]`` is the first piece of the binade
+    ``2**(e + lowest)``, ``turns`` and ``second_turns`` say where the next two begin, 4 where that is beyond it.
+    """
+
+    lowest: int
+    first: tuple[float, ...]
+    turns: tuple[float, ...]
+    second_turns: tuple[float, ...]
+    slopes: tuple[float, ...]
+    offsets: tuple[float, ...]
+
+
+@functools.cache
+def _pieces(signed: bool) -> _Pieces:
+    corners, numbers, number = [0.0], [0], 1
+    for part in _decades(8, signed):
+        ends = {number: part[0], number + len(part) - 1: part[-1]}
+        numbers, corners = [*numbers, *ends], [*corners, *ends.values()]
+        number += len(part)
+    numbers, corners = [*numbers, number], [*corners, 1.0]
+    slopes = [(n - m) / (b - a) for a, b, m, n in zip(corners, corners[1:], numbers, numbers[1:], strict=False)]
+    offsets = [m - a * slope for a, m, slope in zip(corners, numbers, slopes, strict=False)]
+    lowest = math.frexp(corners[1])[1] - 2  # a binade below the first level
+    first, turns = [], []
+    for e in range(lowest, 1):
+        first.append(float(sum(0 < c <= 2.0**e for c in corners[:-1])))
+        turns.append([*(c for c in corners[:-1] if 2.0**e < c < 2.0 ** (e + 1)), 4.0, 4.0])
+    return _Pieces(
+        lowest, tuple(first), tuple(t[0] for t in turns), tuple(t[1] for t in turns), tuple(slopes), tuple(offsets)
+    )
 
 
 register_codec(Dynamic())

@@ -47,7 +47,7 @@ template <class T> static void quantize_block(const T* x, uint8_t* out, float* s
     if (BITS == 4) pack(out, wide, n);
 }
 
-template <class T> static void dequantize_block(const uint8_t* in, float scale, T* x, int n) {
+template <bool PAST, class T> static void dequantize_block(const uint8_t* in, float scale, T* x, int n) {
     alignas(64) uint8_t wide[2 * BLOCK + W];
     if (BITS == 4) unpack(wide, in, n);
     const uint8_t* codes = BITS == 8 ? in : wide;
@@ -56,7 +56,9 @@ template <class T> static void dequantize_block(const uint8_t* in, float scale, 
     int i = 0;
     for (; i + W <= n; i += W) {
         if (BITS == 8) prefetch(in + i + 1024);
-        store(x + i, decode_0(load_codes(codes + i), c));
+        vf value = decode_0(load_codes(codes + i), c);
+        if (PAST) stream(x + i, value);
+        else store(x + i, value);
     }
     if (i < n) store_some(x + i, decode_0(load_codes_some(codes + i, n - i), c), n - i);
 }
@@ -65,8 +67,10 @@ template <class F> static void each_block(const Rows& r, F work) {
     int64_t in_row = blocks_in_row(r.cols, r.flat, BLOCK), count = r.rows * in_row;
     int64_t each = r.cols < BLOCK ? r.cols : BLOCK, per = 32768 / each > 0 ? 32768 / each : 1;
 #pragma omp parallel for num_threads(r.threads) schedule(dynamic, 1) if (count > per && r.threads > 1)
-    for (int64_t first = 0; first < count; first += per)
+    for (int64_t first = 0; first < count; first += per) {
         for (int64_t i = first; i < first + per && i < count; i++) work(place_of(r, in_row, i));
+        stream_end();
+    }
 }
 template <class T> static void quantize(const Rows& r, const T* x, uint8_t* codes, float* scales) {
     each_block(r, [&](const Place& b) {
@@ -75,9 +79,13 @@ template <class T> static void quantize(const Rows& r, const T* x, uint8_t* code
                        (uint32_t)(row_start + b.at));
     });
 }
+// What is larger than most caches is written past them: a store into a cache would first read the line it overwrites.
 template <class T> static void dequantize(const Rows& r, T* x, const uint8_t* codes, const float* scales) {
+    bool past = r.rows * r.cols * (int64_t)sizeof(T) >= (int64_t)32 << 20;
     each_block(r, [&](const Place& b) {
-        dequantize_block(codes + b.codes, scales[b.scale], x + b.row * r.cols + b.at, b.n);
+        T* to = x + b.row * r.cols + b.at;
+        if (past && (uintptr_t)to % (W * sizeof(T)) == 0) dequantize_block<true>(codes + b.codes, scales[b.scale], to, b.n);
+        else dequantize_block<false>(codes + b.codes, scales[b.scale], to, b.n);
     });
 }
 #define BOTH(NAME, T)                                                                                        \

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from memopt import native_build
-from memopt.kernels import hashing
 from memopt.kernels.codecs import Codec
+from memopt.kernels.hashing import Rounding, base_key
 from memopt.kernels.native.cpp import codec_functions, header, literal, read
 from memopt.kernels.native.step_source import CPP_TYPES
 
@@ -26,23 +26,20 @@ class _Rows(ctypes.Structure):
     )
 
 
-def quantize(
-    x: Tensor, codec: Codec, rounding: str, seed: int, step: int, number: int, offset: int
-) -> tuple[Tensor, Tensor] | None:
-    """Codes and scales like the oracle's; None where the library cannot be built."""
-    library = _library(codec, rounding)
+def quantize(x: Tensor, codes: Tensor, scales: Tensor, codec: Codec, rounding: Rounding) -> bool:
+    """Writes codes and scales like the oracle's; False where the library cannot be built."""
+    library = _library(codec, rounding.kind)
     if library is None:
-        return None
-    x = x.detach().contiguous()
+        return False
+    x = x.contiguous()
     blocks = codec.blocks(x.shape)
-    codes = torch.empty(blocks.code_shape(x.shape, codec.bits), dtype=torch.uint8)
-    scales = torch.empty(blocks.scale_shape)
     if x.numel():
-        key = hashing.base_key(seed, step, number)
-        rows = _Rows(blocks.rows, blocks.row_length, blocks.flat, offset, key, native_build.threads())
+        key = base_key(rounding.seed, rounding.step, rounding.number)
+        rows = _Rows(blocks.rows, blocks.row_length, blocks.flat, rounding.offset, key, native_build.threads())
         function = getattr(library, f"quantize_{CPP_TYPES[x.dtype]}")
         function(rows, *(ctypes.c_void_p(t.data_ptr()) for t in (x, codes, scales)))
-    return codes, scales
+        torch.autograd.graph.increment_version((codes, scales))
+    return True
 
 
 def dequantize(codes: Tensor, scales: Tensor, codec: Codec, out: Tensor) -> bool:

@@ -113,6 +113,8 @@ INLINE void store(bf16* p, vf x) { store_u16((uint16_t*)p, bf16_nearest(x) >> 16
 INLINE void store_noisy(bf16* p, vf x, vu noise) { store_u16((uint16_t*)p, bf16_stochastic(x, noise) >> 16); }
 INLINE vf load(const f16* p) { return half_to_float((const uint16_t*)p); }
 INLINE void store(f16* p, vf x) { float_to_half((uint16_t*)p, x); }
+INLINE void stream(bf16* p, vf x) { stream_u16((uint16_t*)p, bf16_nearest(x) >> 16); }
+INLINE void stream(f16* p, vf x) { stream_half((uint16_t*)p, x); }
 // fp16 at random: the cell below x is 2**max(exponent - 10, -24) wide
 INLINE void store_noisy(f16* p, vf x, vu noise) {
     vu exponent = as_u(vmax(as_f(as_u(vabs(x)) & splat_u(0x7f800000u)), splat(6.103515625e-05f)));

@@ -43,3 +43,8 @@ template <int N> INLINE vf take(const float* table, vi i) {
     }
     return _mm256_i32gather_ps(table, (__m256i)i, 4);
 }
+// past the caches, for what nothing reads soon; p is a multiple of the vector's bytes
+INLINE void stream(float* p, vf x) { _mm256_stream_ps(p, x); }
+INLINE void stream_u16(uint16_t* p, vu a) { store_u16(p, a); }
+INLINE void stream_half(uint16_t* p, vf x) { float_to_half(p, x); }
+INLINE void stream_end() { _mm_sfence(); }

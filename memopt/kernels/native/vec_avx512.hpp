@@ -29,9 +29,31 @@ INLINE vf half_to_float(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu
 INLINE void float_to_half(uint16_t* p, vf x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// Tables by permutes, 32 entries each: a gather takes two to three times as long. Lanes beyond N are never asked for.
+template <int N, int AT> INLINE vf table_part(const float* table) {
+    if constexpr (N >= AT + 16) return _mm512_loadu_ps(table + AT);
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << (N > AT ? N - AT : 0)) - 1), table + AT);
+}
+template <int N, int AT, int SPAN> INLINE vf take_span(const float* table, vi i) {
+    if constexpr (SPAN == 16) return _mm512_permutexvar_ps((__m512i)i, table_part<N, AT>(table));
+    if constexpr (SPAN == 32)
+        return _mm512_permutex2var_ps(table_part<N, AT>(table), (__m512i)i, table_part<N, AT + 16>(table));
+    if constexpr (SPAN > 32) {
+        vf low = take_span<N, AT, SPAN / 2>(table, i);
+        if constexpr (AT + SPAN / 2 >= N) return low;
+        vm upper = _mm512_test_epi32_mask((__m512i)i, _mm512_set1_epi32(SPAN / 2));
+        return select(upper, take_span<N, AT + SPAN / 2, SPAN / 2>(table, i), low);
+    }
+}
+constexpr int power_above(int n) { return n <= 16 ? 16 : 2 * power_above((n + 1) / 2); }
 template <int N> INLINE vf take(const float* table, vi i) {
-    if constexpr (N == 16) return _mm512_permutexvar_ps((__m512i)i, _mm512_loadu_ps(table));
-    if constexpr (N == 32)
-        return _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)i, _mm512_loadu_ps(table + 16));
+    if constexpr (N <= 256) return take_span<N, 0, power_above(N)>(table, i);
     return _mm512_i32gather_ps((__m512i)i, table, 4);
 }
+// past the caches, for what nothing reads soon; p is a multiple of the vector's bytes
+INLINE void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
+INLINE void stream_u16(uint16_t* p, vu a) { _mm256_stream_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)a)); }
+INLINE void stream_half(uint16_t* p, vf x) {
+    _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE void stream_end() { _mm_sfence(); }

@@ -73,3 +73,7 @@ template <int N> INLINE vf take(const float* table, vi i) {
     for (int k = 0; k < W; k++) a[k] = table[i[k]];
     return a;
 }
+INLINE void stream(float* p, vf x) { *(vf_any*)p = x; }
+INLINE void stream_u16(uint16_t* p, vu a) { store_u16(p, a); }
+INLINE void stream_half(uint16_t* p, vf x) { float_to_half(p, x); }
+INLINE void stream_end() {}
