@@ -12,6 +12,7 @@ from memopt.version import __version__
 
 if TYPE_CHECKING:
     from memopt import integrations, kernels, offload, optim, planner
+    from memopt.integrations import fuse_loss
     from memopt.kernels import contrastive_loss, linear_cross_entropy
     from memopt.metering import meter
     from memopt.offload import apply
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "apply": "memopt.offload",
     "contrastive_loss": "memopt.kernels",
+    "fuse_loss": "memopt.integrations",
     "linear_cross_entropy": "memopt.kernels",
     "meter": "memopt.metering",
     "plan": "memopt.planner",
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "apply",
     "contrastive_loss",
+    "fuse_loss",
     "integrations",
     "kernels",
     "linear_cross_entropy",

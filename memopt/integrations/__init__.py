@@ -1,1 +1,23 @@
-"""memopt.integrations"""
+"""Where memopt meets other libraries; nothing of them is imported before it is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memopt.integrations.fused_head import FusedLoss, fuse_loss
+
+_HOMES = {"FusedLoss": "fused_head", "fuse_loss": "fused_head"}
+
+__all__ = ["FusedLoss", "fuse_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memopt.integrations' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"memopt.integrations.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
