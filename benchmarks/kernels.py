@@ -1,67 +1,103 @@
-"""Speed of the quantisers and of the fused step on this CPU: ``python -m benchmarks.kernels [--json FILE]``.
+"""Speed of the quantisers, layers and of the fused step on this CPU: ``python -m benchmarks.kernels [--save]``.
 
 Variants run in turn in one process; ratios are of the least times, so that other work on the machine disturbs little.
 
-- Quantise and dequantise 64 Mi float32 elements against ``copy_`` of the same, and bitsandbytes where it is installed.
+- Quantise and dequantise 64 Mi elements with every codec against ``copy_`` of the same tensor into memory that is there
+  already, as all of them do; then the same into fresh memory, against ``clone``; bitsandbytes where it is installed.
 - AdamW over 50 M parameters in 32 tensors, and over 10 M in 400, against torch's fused float32 AdamW.
-- ``--portable``: the step compiled for AVX2 alone. ``--targets``: registers, spills and shared memory of every printed
-  Triton kernel on four GPU targets (no GPU needed).
+- Layers, forward and backward, against torch's own.
+- ``--portable``: compiled for AVX2 alone. ``--targets``: registers, spills and shared memory of every Triton kernel on
+  four GPU targets, compiled without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
+from benchmarks import results
 from benchmarks.gpu_cases.steps import ADAMW, PAIRS, SCALARS, zero_states
 from memopt.kernels import codec_names, dequantize_blockwise, get_codec, quantize_blockwise, step
 
 Variants = dict[str, Callable[[], object]]
-LIMITS = {"quantise": 3.0, "dequantise": 1.2, "8bit": 0.75, "4bit": 0.70}
+Row = dict[str, Any]
+LIMITS = {"quantise": 3.0, "dequantise": 1.2}
+STEP_LIMITS = {"8bit": 0.75, "4bit": 0.70}
 
 
-def interleaved(variants: Variants, rounds: int) -> dict[str, float]:
-    """The least seconds of each variant, run in turn."""
-    best = dict.fromkeys(variants, float("inf"))
+def interleaved(variants: Variants, rounds: int) -> dict[str, tuple[float, float]]:
+    """The least seconds of each variant on the wall and of all threads' processors, run in turn."""
+    best = dict.fromkeys(variants, (float("inf"), float("inf")))
     for number in range(rounds + 1):
         for name, run in variants.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             run()
+            wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
             if number:  # the first warms up
-                best[name] = min(best[name], time.perf_counter() - started)
+                best[name] = min(best[name][0], wall), min(best[name][1], cpu)
     return best
 
 
-def quantizers(elements: int, rounds: int) -> dict[str, float]:
-    """Ratios to a copy; encoding by either rounding, decoding into memory that is there."""
-    x = torch.randn(elements // 1024, 1024)
-    positive, out = x.abs(), torch.empty_like(x)
-    ratios: dict[str, float] = {}
+def against_first(group: str, variants: Variants, rounds: int, limits: Mapping[str, float] = {}) -> list[Row]:
+    """One row for each variant; ratios are to the first. That of CPU seconds suffers less from other work."""
+    best = interleaved(variants, rounds)
+    base_wall, base_cpu = next(iter(best.values()))
+    return [
+        {
+            "group": group,
+            "what": name,
+            "ms": 1e3 * wall,
+            "ratio": wall / base_wall,
+            "CPU ratio": cpu / base_cpu,
+            "at most": limits.get(name.split()[0]),
+        }
+        for name, (wall, cpu) in best.items()
+    ]
+
+
+def quantizers(elements: int, rounds: int, dtype: torch.dtype) -> list[Row]:
+    """Each codec in turn, into memory that is there, with a copy of the same dtype beside it."""
+    x = torch.randn(elements // 1024, 1024).to(dtype)
+    positive, to = x.abs(), torch.empty_like(x)
+    rows: list[Row] = []
     for name in codec_names():
         y = x if get_codec(name).signed else positive
-        q = quantize_blockwise(y, name)
+        q, held = quantize_blockwise(y, name), quantize_blockwise(y, name)
+        encode = functools.partial(quantize_blockwise, y, name, out=held)
         variants: Variants = {
-            "copy": lambda: out.copy_(x),
-            f"quantise {name}": lambda y=y, name=name: quantize_blockwise(y, name),
-            f"quantise {name}, stochastic": lambda y=y, name=name: quantize_blockwise(y, name, rounding="stochastic"),
-            f"dequantise {name}": lambda q=q: dequantize_blockwise(q, out=out),
+            "copy_": functools.partial(to.copy_, x),
+            f"quantise {name}": encode,
+            f"quantise {name}, stochastic": functools.partial(encode, rounding="stochastic"),
+            f"dequantise {name}": functools.partial(dequantize_blockwise, q, out=to),
         }
-        if importlib.util.find_spec("bitsandbytes") and name == "dynamic8":
-            variants |= bitsandbytes(x)
-        best = interleaved(variants, rounds)
-        ratios |= {key: value / best["copy"] for key, value in best.items() if key != "copy"}
-    return ratios
+        rows += against_first(
+            f"{str(dtype)[6:]}, memory given", variants, rounds, LIMITS if dtype == torch.float32 else {}
+        )
+    return rows
+
+
+def fresh_quantizers(elements: int, rounds: int) -> list[Row]:
+    """Into fresh memory, which a first touch makes expensive: the ratios are to ``clone``."""
+    x = torch.randn(elements // 1024, 1024)
+    variants: Variants = {"clone": x.clone}
+    for name in ("sq127", "sq15", "dynamic8", "nf4"):
+        q = quantize_blockwise(x, name)
+        variants[f"quantise {name}"] = functools.partial(quantize_blockwise, x, name)
+        variants[f"dequantise {name}"] = functools.partial(dequantize_blockwise, q)
+    if importlib.util.find_spec("bitsandbytes"):
+        variants |= bitsandbytes(x)
+    return against_first("float32, fresh memory", variants, rounds)
 
 
 def bitsandbytes(x: torch.Tensor) -> Variants:
@@ -78,8 +114,8 @@ def bitsandbytes(x: torch.Tensor) -> Variants:
     }
 
 
-def steps(elements: int, tensors: int, rounds: int) -> dict[str, float]:
-    """Ratios of our AdamW with each kind of states to torch's fused one, float32 parameters."""
+def steps(elements: int, tensors: int, rounds: int) -> list[Row]:
+    """Our AdamW with each kind of states against torch's fused one, float32 parameters."""
     columns = min(1024, max(64, elements // tensors // 16))
     shape = (elements // tensors // columns, columns)
     params = [torch.randn(shape) * 0.02 for _ in range(tensors)]
@@ -89,64 +125,74 @@ def steps(elements: int, tensors: int, rounds: int) -> dict[str, float]:
         copy.grad = g
     variants: Variants = {"torch fused": torch.optim.AdamW(copies, lr=1e-3, fused=True).step}
     for name in PAIRS:
-        states = zero_states(params, name)
-        variants[name] = lambda states=states, name=name: step(
-            ADAMW, params, grads, states, PAIRS[name], SCALARS, seed=1, step=1
-        )
-    best = interleaved(variants, rounds)
-    print(f"torch fused: {best['torch fused'] * 1e3:.1f} ms")
-    return {name: value / best["torch fused"] for name, value in best.items()}
+        arguments = (ADAMW, params, grads, zero_states(params, name), PAIRS[name], SCALARS)
+        variants[name] = functools.partial(step, *arguments, seed=1, step=1)
+    return against_first(f"AdamW, {elements / 1e6:.0f} M in {tensors}", variants, rounds, STEP_LIMITS)
 
 
-def show(title: str, ratios: dict[str, float]) -> None:
-    print(f"\n{title}")
-    for name, ratio in ratios.items():
-        limit = next((f"(at most {value})" for key, value in LIMITS.items() if name.split()[0] == key), "")
-        print(f"  {name:32} {ratio:6.2f} {limit}")
+def show(rows: list[Row], title: str) -> None:
+    """A table on the terminal; ratios above their limit are red."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        over = row.get("at most") is not None and row["ratio"] > row["at most"]
+        table.add_row(*map(results.text, row.values()), style="red" if over else "")
+    Console(width=120).print(table)
 
 
-def show_targets() -> None:
-    from memopt.kernels.gpu.targets import TARGETS, quantize_kinds, step_kinds, usages
+def show_targets(save: bool) -> int:
+    """The table of resources; the exit status tells whether a kernel spills."""
+    from benchmarks.gpu_targets import measure
 
-    for target in TARGETS:
-        for kinds in (step_kinds(), quantize_kinds()):
-            for usage in usages(target, kinds):
-                row = dataclasses.asdict(usage)
-                print("{target:7} {kernel:45} {registers:4} {spilled:3} {shared_bytes:6}".format(**row), flush=True)
+    rows = measure()
+    show(rows, f"Triton kernels on four targets: {len(rows)} compilations")
+    if save:
+        notes = ["`python -m benchmarks.kernels --targets --save`"]
+        print(*results.save("targets", "What Triton kernels use", rows, notes))
+    spilling = [f"{row['kernel']} on {row['target']}" for row in rows if row["spilled"]]
+    print("no kernel spills" if not spilling else "SPILLS: " + "; ".join(spilling))
+    return int(bool(spilling))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full sizes")
-    parser.add_argument("--only", choices=("quantizers", "steps"))
+    parser.add_argument("--only", choices=("quantizers", "steps", "layers"))
     parser.add_argument("--portable", action="store_true", help="compile for AVX2 alone")
     parser.add_argument("--targets", action="store_true", help="only what the Triton kernels use on four GPU targets")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results/")
     options = parser.parse_args(arguments)
     if options.targets:
-        show_targets()
-        return
+        return show_targets(options.save)
     if options.portable and "MEMOPT_CPU_FLAGS" not in os.environ:
         environment = {**os.environ, "MEMOPT_CPU_FLAGS": "-mavx2 -mfma -mf16c"}
         rest = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--portable"]
-        subprocess.run([sys.executable, "-m", "benchmarks.kernels", *rest], env=environment, check=True)
-        return
+        return subprocess.run([sys.executable, "-m", "benchmarks.kernels", *rest], env=environment).returncode
     torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {"torch": torch.__version__, "threads": options.threads}
-    if options.only != "steps":
+    rows: list[Row] = []
+    if options.only in (None, "quantizers"):
         elements = int((64 << 20) * options.scale) // 1024 * 1024
-        figures["quantizers"] = quantizers(elements, options.rounds)
-        show(f"{elements / 2**20:.2f} Mi elements, times of a copy", figures["quantizers"])
-    if options.only != "quantizers":
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            rows += quantizers(elements, options.rounds, dtype)
+        rows += fresh_quantizers(elements // 4, max(2, options.rounds // 2))
+    if options.only in (None, "layers"):
+        from benchmarks.layer_cases import layers
+
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, variants in layers(int(8192 * options.scale), 1024, dtype).items():
+                rows += against_first(f"{name} {str(dtype)[6:]}", variants, options.rounds)
+    if options.only in (None, "steps"):
         for elements, tensors in ((50_000_000, 32), (10_000_000, 400)):
-            count = int(elements * options.scale)
-            figures[f"steps {tensors}"] = steps(count, tensors, options.rounds)
-            show(f"AdamW, {count / 1e6:.1f} M in {tensors} tensors, times of torch fused", figures[f"steps {tensors}"])
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
+            rows += steps(int(elements * options.scale), tensors, options.rounds)
+    show(rows, f"Kernels on this CPU, {options.threads} threads")
+    if options.save:
+        command = f"`python -m benchmarks.kernels {' '.join(sys.argv[1:])}`; the ratio is to the first of each group."
+        print(*results.save("kernels", "Kernels on a CPU", rows, [command]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
