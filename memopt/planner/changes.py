@@ -9,17 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from memopt.planner.problem import Rates
 from memopt.planner.values import Category, Phase, SavedStorage, Storage, Trace
 
-LOSS_CHUNKS = 16
+LOSS_CHUNK_BYTES = 84 * 2**20  # memopt.linear_cross_entropy's scratch unless told otherwise
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change of a step: its effect on the trace, the seconds it adds, whether training itself is changed by it."""
+    """One change of a step: its effect on the trace, the seconds it adds, whether training itself is changed by it.
+
+    ``how`` says in a few words what makes it in a training script.
+    """
 
     name: str
+    how: str
     apply: Callable[[Trace], Trace]
     seconds: Callable[[Trace, Rates], float] = lambda trace, rates: 0.0
     changes_training: bool = False
@@ -36,16 +45,20 @@ def _resized(trace: Trace, size: Callable[[Storage], int]) -> Trace:
     return _with_peak(replace(trace, storages=storages, blocks=blocks))
 
 
+def live_bytes(trace: Trace) -> Ints:
+    """Bytes that are there at every operation of the plain step."""
+    length = len(trace.ops)
+    change = np.zeros(length + 1, dtype=np.int64)
+    births = np.array([min(max(s.birth, 0), length) for s in trace.storages], dtype=np.int64)
+    deaths = np.array([min(max(s.death, 0), length) for s in trace.storages], dtype=np.int64)
+    sizes = np.array([s.bytes for s in trace.storages], dtype=np.int64)
+    np.add.at(change, births, sizes)
+    np.add.at(change, deaths, -sizes)
+    return np.cumsum(change)
+
+
 def _with_peak(trace: Trace) -> Trace:
-    change = [0] * (len(trace.ops) + 1)
-    for s in trace.storages:
-        change[min(max(s.birth, 0), len(trace.ops))] += s.bytes
-        change[min(max(s.death, 0), len(trace.ops))] -= s.bytes
-    live = peak = 0
-    for step in change:
-        live += step
-        peak = max(peak, live)
-    return replace(trace, peak_bytes=peak)
+    return replace(trace, peak_bytes=int(live_bytes(trace).max()))
 
 
 def state_bits(name: str, share: float) -> Change:
@@ -54,7 +67,7 @@ def state_bits(name: str, share: float) -> Change:
     def apply(trace: Trace) -> Trace:
         return _resized(trace, lambda s: int(s.bytes * share) if s.category is Category.OPTIMIZER else s.bytes)
 
-    return Change(name, apply)
+    return Change(name, "an optimizer of memopt.optim with that state", apply)
 
 
 def release_gradients() -> Change:
@@ -68,16 +81,16 @@ def release_gradients() -> Change:
         )
         return _with_peak(replace(trace, storages=storages))
 
-    return Change("gradients released", apply)
+    return Change("gradients released", "memopt.optim.release_gradients(optimizer)", apply)
 
 
 def chunked_loss() -> Change:
-    """Logits exist one part of the rows at a time, so that 1 / 16 of them is there at once."""
+    """Logits exist one chunk of rows at a time, of at most ``LOSS_CHUNK_BYTES``."""
 
     def apply(trace: Trace) -> Trace:
-        return _resized(trace, lambda s: s.bytes // LOSS_CHUNKS if s.category is Category.LOGITS else s.bytes)
+        return _resized(trace, lambda s: min(s.bytes, LOSS_CHUNK_BYTES) if s.category is Category.LOGITS else s.bytes)
 
-    return Change("chunked loss", apply)
+    return Change("chunked loss", "memopt.linear_cross_entropy or memopt.integrations.fuse_loss(model)", apply)
 
 
 def offload_state() -> Change:
@@ -92,7 +105,7 @@ def offload_state() -> Change:
             return float("inf")
         return state / rates.swap_out_bytes_per_second + state / rates.swap_in_bytes_per_second
 
-    return Change("optimizer state in host memory", apply, seconds)
+    return Change("optimizer state in host memory", "memopt.offload.HostOptimizer", apply, seconds)
 
 
 def one_block_at_a_time() -> Change:
@@ -103,4 +116,4 @@ def one_block_at_a_time() -> Change:
         held = (Category.GRADIENTS, Category.OPTIMIZER)
         return _resized(trace, lambda s: s.bytes // share if s.category in held else s.bytes)
 
-    return Change("block-coordinate updates", apply, changes_training=True)
+    return Change("block-coordinate updates", "memopt.optim.BlockCoordinate", apply, changes_training=True)

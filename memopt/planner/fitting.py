@@ -5,34 +5,44 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 
 from memopt.planner.changes import (
     Change,
     chunked_loss,
+    live_bytes,
     offload_state,
     one_block_at_a_time,
     release_gradients,
     state_bits,
 )
 from memopt.planner.plan_file import Plan
-from memopt.planner.planning import DEFAULT_ACTIONS, plan
+from memopt.planner.planning import DEFAULT_ACTIONS, check_budget, estimate, plan
 from memopt.planner.presets import ModelError
+from memopt.planner.problem import Rates
 from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.units import BudgetError, parse_bytes
 from memopt.planner.values import Action, Category, Status, Trace
 
-# Bytes of state per traced byte of a 32-bit one, scales included.
-STATES = {"as traced": 1.0, "8bit state": 8.125 / 32, "4bit state": 4.25 / 32}
+STATES = {"8bit state": 8.125, "4bit state": 4.25}  # bits of each number of optimizer state, scales included
+SAME = 0.01  # combinations whose steps differ by less cost the same: no model of a device tells them apart
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One way to fit: the changes made, the plan for what remains, and the modelled seconds of the step with them."""
+    """One way to fit: the changes made, and the peak and seconds of the step with them and the best plan for it.
+
+    ``how`` says for each change what makes it in a training script. Without a ``plan`` the figures are the linear
+    relaxation's: no plan can be better, few are much worse.
+    """
 
     changes: tuple[str, ...]
-    plan: Plan
+    fits: bool
+    peak_bytes: int
     step_seconds: float
     changes_training: bool
+    plan: Plan | None = None
+    how: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,48 +61,82 @@ def fit(
     *,
     actions: Iterable[Action | str] = DEFAULT_ACTIONS,
     allow_block_coordinate: bool = False,
-    time_limit: float = 4.0,
+    time_limit: float = 10.0,
 ) -> Fit:
     """Find the cheapest combination of choices beyond activations that makes a traced step fit.
 
-    Combinations are tried from few changes to many. Where two cost the same, fewer changes win, and what changes
-    training itself (block-coordinate updates) is only tried when allowed, and taken when nothing else fits.
+    Every combination is estimated; the cheapest of those that fit is planned. Where two cost the same (within 1 %),
+    fewer changes win. What changes training itself (block-coordinate updates) is only tried when allowed, and taken
+    when nothing else fits.
 
     Args:
-        trace: of the step with a 32-bit optimizer state.
+        trace: of the step; its ``meta`` says how many bits its optimizer state has (32 where it does not).
         budget: bytes of the whole step on one device.
         hardware: as for ``plan``.
         actions: what plans may do with activations.
         allow_block_coordinate: whether one block may be trained at a time.
-        time_limit: seconds for each plan.
+        time_limit: seconds for each plan that is worked out.
 
     Raises:
         BudgetError: the budget cannot be read or lies below the weights alone.
     """
     limit, rates, allowed = parse_bytes(budget), rates_of(hardware, trace.dtype), list(actions)
-    has_state = any(s.category is Category.OPTIMIZER for s in trace.storages)
-    tried: list[Combination] = []
-    for combination in _combinations(has_state, allow_block_coordinate):
-        if any(set(c.changes) <= {x.name for x in combination} and _free(c) for c in tried):
-            continue  # already fits without any cost, with fewer changes
-        changed, extra = trace, 0.0
-        for change in combination:
-            extra += change.seconds(changed, rates)
-            changed = change.apply(changed)
-        if extra == float("inf"):
-            continue
+    tried = list(estimates(trace, limit, rates, actions=allowed, allow_block_coordinate=allow_block_coordinate))
+    while (best := cheapest(tried)) is not None and best.plan is None:
+        changed, extra = _changed(trace, rates, _named(trace, best.changes))
         found = plan(changed, limit, rates, actions=allowed, time_limit=time_limit)
-        names = tuple(change.name for change in combination)
-        alters = any(change.changes_training for change in combination)
-        tried.append(Combination(names, found, found.step_seconds + extra, alters))
-    fitting = [c for c in tried if c.plan.status is not Status.INFEASIBLE]
-    best = min(fitting, key=lambda c: (c.changes_training, round(c.step_seconds, 6), len(c.changes)), default=None)
+        tried[tried.index(best)] = Combination(
+            best.changes,
+            found.status is not Status.INFEASIBLE,
+            found.peak_bytes,
+            found.step_seconds + extra,
+            best.changes_training,
+            found,
+            best.how,
+        )
     return Fit(best, pareto_front(tried), tuple(tried))
+
+
+def estimates(
+    trace: Trace,
+    budget: int | str,
+    hardware: HardwareLike = "auto",
+    *,
+    actions: Iterable[Action | str] = DEFAULT_ACTIONS,
+    allow_block_coordinate: bool = False,
+) -> tuple[Combination, ...]:
+    """What each combination of changes would come to, without working out plans; arguments as for ``fit``.
+
+    Left out are combinations that cannot fit because one with fewer changes lacks more than the others free, and those
+    that add changes to one that already fits at no cost.
+    """
+    limit, rates, allowed = parse_bytes(budget), rates_of(hardware, trace.dtype), list(actions)
+    check_budget(trace, limit)
+    tried: list[Combination] = []
+    for combination in _combinations(trace, allow_block_coordinate):
+        names = tuple(change.name for change in combination)
+        changed, extra = _changed(trace, rates, combination)
+        if extra == inf or any(_settles(one, names, trace, rates, limit) for one in tried):
+            continue
+        fits, peak, seconds = estimate(changed, limit, rates, actions=allowed)
+        alters = any(change.changes_training for change in combination)
+        how = tuple(change.how for change in combination)
+        tried.append(Combination(names, fits, peak, seconds + extra, alters, how=how))
+    return tuple(tried)
+
+
+def cheapest(combinations: Iterable[Combination]) -> Combination | None:
+    """Of those that fit and leave training as it is, or else of all that fit: fewest changes among the fastest."""
+    fitting = [one for one in combinations if one.fits]
+    exact = [one for one in fitting if not one.changes_training] or fitting
+    least = min((one.step_seconds for one in exact), default=0.0)
+    near = [one for one in exact if one.step_seconds <= least * (1 + SAME)]
+    return min(near, key=lambda one: len(one.changes), default=None)
 
 
 def pareto_front(combinations: Iterable[Combination]) -> tuple[Combination, ...]:
     """Those that no other beats in both peak and seconds, from the smallest peak to the fastest."""
-    ordered = sorted(combinations, key=lambda c: (c.plan.peak_bytes, c.step_seconds, len(c.changes)))
+    ordered = sorted(combinations, key=lambda c: (c.peak_bytes, c.step_seconds, len(c.changes)))
     front: list[Combination] = []
     for one in ordered:
         if not front or one.step_seconds < front[-1].step_seconds - 1e-9:
@@ -100,19 +144,41 @@ def pareto_front(combinations: Iterable[Combination]) -> tuple[Combination, ...]
     return tuple(front)
 
 
-def _free(combination: Combination) -> bool:
-    found = combination.plan
-    no_cost = combination.step_seconds <= found.compute_seconds * (1 + 1e-4)
-    return found.status is not Status.INFEASIBLE and no_cost
+def _changed(trace: Trace, rates: Rates, changes: Iterable[Change]) -> tuple[Trace, float]:
+    """The step with some changes made, and the seconds that these add."""
+    extra = 0.0
+    for change in changes:
+        extra += change.seconds(trace, rates)
+        trace = change.apply(trace)
+    return trace, extra
 
 
-def _combinations(has_state: bool, allow_block_coordinate: bool) -> list[tuple[Change, ...]]:
+def _settles(one: Combination, names: tuple[str, ...], trace: Trace, rates: Rates, limit: int) -> bool:
+    """Whether a combination with fewer changes shows that one is not worth a look."""
+    if not set(one.changes) <= set(names):
+        return False
+    if one.fits:
+        compute = sum(rates.seconds(op.flops, op.bytes_read + op.bytes_written) for op in trace.ops)
+        return one.step_seconds <= compute * (1 + 1e-4)
+    before, _ = _changed(trace, rates, _named(trace, one.changes))
+    after, _ = _changed(trace, rates, _named(trace, names))
+    return one.peak_bytes - int((live_bytes(before) - live_bytes(after)).max()) > limit
+
+
+def _named(trace: Trace, names: Iterable[str]) -> list[Change]:
+    every = {change.name: change for pick in _combinations(trace, True) for change in pick}
+    return [every[name] for name in names]
+
+
+def _combinations(trace: Trace, allow_block_coordinate: bool) -> list[tuple[Change, ...]]:
     """Every combination, those with fewer changes first."""
-    states = [state_bits(name, share) for name, share in STATES.items() if share < 1] if has_state else []
+    has_state = any(s.category is Category.OPTIMIZER for s in trace.storages)
+    traced = float(trace.meta.get("state_bits", 32))
+    states = [state_bits(name, bits / traced) for name, bits in STATES.items() if bits < traced] if has_state else []
     axes: list[list[Change | None]] = [
+        [None, chunked_loss()],
         [None, *states, *([offload_state()] if has_state else [])],
         [None, release_gradients()],
-        [None, chunked_loss()],
         [None, *([one_block_at_a_time()] if allow_block_coordinate else [])],
     ]
     every = [tuple(change for change in pick if change is not None) for pick in itertools.product(*axes)]

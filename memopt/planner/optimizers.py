@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch.optim import Optimizer
 
 from memopt.planner.faking import Faker
+from memopt.planner.named_optimizers import NamedOptimizer
 from memopt.planner.recorder import Recorder
 from memopt.planner.records import tensors_in
 
@@ -28,6 +31,16 @@ def settled_twin(faker: Faker, optimizer: Optimizer, cuda: bool) -> Optimizer:
     for parameter in trained:
         parameter.grad = None
     return twin
+
+
+def state_bits(optimizer: Optimizer) -> float:
+    """Bits of each number of an optimizer's state: of the element type that takes most of its bytes."""
+    if isinstance(optimizer, NamedOptimizer):
+        return optimizer.bits
+    sizes: Counter[int] = Counter()
+    for tensor in tensors_in(list(optimizer.state.values())):
+        sizes[tensor.element_size()] += tensor.untyped_storage().nbytes()
+    return 8.0 * sizes.most_common(1)[0][0] if sizes else 32.0
 
 
 def forget_unused(optimizer: Optimizer, recorder: Recorder) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from memopt.planner.building import build
 from memopt.planner.plan_file import Plan, model_signature
-from memopt.planner.policy import Solution, SolverError, smallest_peak, solve
+from memopt.planner.policy import Solution, SolverError, relax, smallest_peak, solve
 from memopt.planner.policy.solving import GAP
 from memopt.planner.problem import Choice, Problem, Rates
 from memopt.planner.rates import HardwareLike, rates_of
@@ -68,12 +68,8 @@ def plan(
     began = time.monotonic()
     allowed = _actions(actions)
     budget_bytes = None if budget is None else parse_bytes(budget)
-    weights = sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS)
-    if budget_bytes is not None and budget_bytes < weights:
-        raise BudgetError(
-            f"budget {format_bytes(budget_bytes)} is below the weights alone ({format_bytes(weights)}); "
-            "give a larger budget, a smaller model or weights of a smaller dtype"
-        )
+    if budget_bytes is not None:
+        check_budget(trace, budget_bytes)
     rates = rates_of(hardware, trace.dtype)
     planner = _Planner(trace, rates, allowed, time_limit, solver, tiled)
     baseline = simulate(trace, (), rates)
@@ -98,6 +94,45 @@ def plan(
         if broken is not None:
             raise SolverError(f"the plan breaks a rule and is withheld: {broken}")
     return found
+
+
+def check_budget(trace: Trace, budget_bytes: int) -> None:
+    """Refuse a budget that no plan can meet because the weights alone are larger.
+
+    Raises:
+        BudgetError: it is.
+    """
+    weights = sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS)
+    if budget_bytes < weights:
+        raise BudgetError(
+            f"budget {format_bytes(budget_bytes)} is below the weights alone ({format_bytes(weights)}); "
+            "give a larger budget, a smaller model or weights of a smaller dtype"
+        )
+
+
+def estimate(
+    trace: Trace,
+    budget: int,
+    rates: Rates,
+    *,
+    actions: Iterable[Action | str] = DEFAULT_ACTIONS,
+    solver: str = "cbc",
+) -> tuple[bool, int, float]:
+    """What a plan could come to at best, from the linear relaxation alone: whether one may fit, its peak and seconds.
+
+    Where none fits, the peak is the smallest that the relaxation allows, and the seconds are of that.
+    """
+    baseline = simulate(trace, (), rates)
+    if baseline.peak_bytes <= budget:
+        return True, baseline.peak_bytes, baseline.step_seconds
+    problem = build(trace, rates, _actions(actions))
+    found = relax(problem.within(budget), solver=solver)
+    if found is not None:
+        return True, budget, problem.compute_seconds + found.seconds
+    smallest = relax(problem, solver=solver, seek_peak=True)
+    if smallest is None:
+        raise SolverError(f"solver {solver!r} answered that no peak is possible")
+    return False, min(baseline.peak_bytes, smallest.peak_bytes), problem.compute_seconds + smallest.seconds
 
 
 def _actions(actions: Iterable[Action | str]) -> frozenset[Action]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from memopt.planner.faking import Faker, faked
 from memopt.planner.guessing import Guesses
 from memopt.planner.losses import LossFn, TraceError, find_loss
 from memopt.planner.named_optimizers import NamedOptimizer
-from memopt.planner.optimizers import forget_unused, settled_twin
+from memopt.planner.optimizers import forget_unused, settled_twin, state_bits
 from memopt.planner.recorder import Recorder
 from memopt.planner.values import Category, Trace
 
@@ -71,12 +71,13 @@ def trace(
     step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
     try:
         with torch.enable_grad(), eager_paths(), quiet_fakes(), faked(model, faker):
-            _run(model, faker, recorder, step, rules)
+            bits = _run(model, faker, recorder, step, rules)
     except TraceError:
         raise
     except Exception as error:
         raise TraceError(_explain(recorder, error)) from error
-    return assemble(model, recorder)
+    made = assemble(model, recorder)
+    return made if bits is None else replace(made, meta={**made.meta, "state_bits": bits})
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,14 @@ def _device_of(model: nn.Module) -> str:
     return "cuda" if any(tensor.device.type == "cuda" for tensor in tensors) else "cpu"
 
 
-def _run(model: nn.Module, faker: Faker, recorder: Recorder, step: Step, rules: AbstractContextManager[Any]) -> None:
-    """Sets everything up as it is before a step, then runs that step under the recorder."""
+def _run(
+    model: nn.Module, faker: Faker, recorder: Recorder, step: Step, rules: AbstractContextManager[Any]
+) -> float | None:
+    """Sets everything up as it is before a step, then runs that step under the recorder.
+
+    Returns:
+        Bits of each number of the optimizer's state; None without an optimizer.
+    """
     device, autocast = _device_of(model), step.autocast
     if autocast is None and torch.is_autocast_enabled(device):
         autocast = torch.get_autocast_dtype(device)
@@ -142,6 +149,7 @@ def _run(model: nn.Module, faker: Faker, recorder: Recorder, step: Step, rules: 
                 forget_unused(twin, recorder)
         finally:
             recorder.stop()
+    return None if twin is None else state_bits(twin)
 
 
 def _unpacked(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The policy as a mixed-integer program: variables, families of constraints, objective, solving."""
 
 from memopt.planner.policy.solvers import SolverError
-from memopt.planner.policy.solving import Solution, smallest_peak, solve
+from memopt.planner.policy.solving import Relaxation, Solution, relax, smallest_peak, solve
 
-__all__ = ["Solution", "SolverError", "smallest_peak", "solve"]
+__all__ = ["Relaxation", "Solution", "SolverError", "relax", "smallest_peak", "solve"]

@@ -78,6 +78,24 @@ def smallest_peak(
     return math.ceil(run.peak_bytes), solution
 
 
+@dataclass(frozen=True)
+class Relaxation:
+    """The linear relaxation's answer: a lower bound on the seconds that the choices add, or on the peak."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def relax(
+    problem: Problem, time_limit: float = 15.0, solver: str = "cbc", seek_peak: bool = False
+) -> Relaxation | None:
+    """Let every choice be taken in part: the least seconds within the budget, or with ``seek_peak`` the least peak.
+
+    None where even that cannot be had.
+    """
+    return _Run(problem, time_limit, solver, GAP, seek_peak, tiled=False).relax()
+
+
 class _Run:
     """One program on its way to an answer."""
 
@@ -136,6 +154,16 @@ class _Run:
         if status is Status.INFEASIBLE:
             return answer
         return replace(least, status=answer.status, bound_seconds=answer.bound_seconds)
+
+    def relax(self) -> Relaxation | None:
+        """The linear relaxation alone."""
+        if self._call(integer=False) is Status.INFEASIBLE:
+            return None
+        seconds = float(cost.seconds(self.program).value()) * self.problem.compute_seconds
+        peak = self.problem.budget_bytes
+        if self.program.peak is not None:
+            peak = math.ceil(float(self.program.peak.varValue) * self.program.unit_bytes)
+        return Relaxation(seconds, peak)
 
     def _minimise(self, prove: bool = True) -> tuple[Status, str]:
         """Solves for the objective as it stands; ``self.bound`` becomes a lower bound, with ``prove`` a close one."""
