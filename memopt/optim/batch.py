@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -79,10 +80,10 @@ class Slot:
         """Store a state: a number for all elements, or a tensor of the local shape, rounded to nearest."""
         kept_by, extent = self.kept(spec)
         if isinstance(value, Tensor):
-            fresh = kept_by.encode(spec, value, extent)
+            fresh = kept_by.encode(spec, value, extent, sharding.join_columns([self.param]))
         elif value:
             full = torch.full_like(self.blank(spec), value, dtype=torch.float32)
-            fresh = kept_by.encode(spec, full, extent)
+            fresh = kept_by.encode(spec, full, extent, sharding.join_columns([self.param]))
         else:
             fresh = kept_by.allocate(spec, self.blank(spec), extent)
         self.stored.update(self.whole(spec, fresh))
@@ -170,7 +171,10 @@ class Batch:
                 update = kahan.compensated(update, dtype)
                 name = kahan.COMPENSATION.name
                 given[name] = [cast(Tensor, slot.held[name]) for slot in self.slots]
-        sums = kernels.step(
+        carry_out: Callable[..., dict[str, Tensor]] = kernels.step
+        if hasattr(kept_by, "step"):  # of a format that needs more than one pass
+            carry_out = partial(kept_by.step, join=sharding.join_columns([slot.param for slot in self.slots]))
+        sums = carry_out(
             update,
             params,
             [slot.rows(sharding.local_of(grad)) for slot, grad in zip(self.slots, inputs, strict=True)],

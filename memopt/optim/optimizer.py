@@ -12,8 +12,8 @@ from memopt.kernels import State
 from memopt.optim import checkpoint, checks, kahan, sharding
 from memopt.optim.batch import Batch, Slot
 from memopt.optim.coverage import All, Coverage
-from memopt.optim.formats import StateFormat, get_format
-from memopt.optim.layout import MIN_LOW_BIT_SIZE, Extent, is_flat
+from memopt.optim.formats import StateFormat, format_for, get_format
+from memopt.optim.layout import Extent, is_flat
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -181,9 +181,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def slot(self, number: int, group: Mapping[str, Any], param: Tensor, stored: dict[str, Any]) -> Slot:
         """How a parameter's states are kept, without allocating them; ``stored`` holds, or will hold, them."""
         extent = sharding.extent_of(param)
-        chosen = get_format(group["state"])
-        if chosen.block and extent.numel < MIN_LOW_BIT_SIZE:
-            chosen = get_format("fp32")
+        chosen = format_for(group["state"], extent)
         if chosen.block and sharding.is_sharded(param) and is_flat(extent, chosen.block):
             # one flat row, whose blocks would not end where the parts do: every rank keeps the whole state
             param = sharding.stand_in(param)

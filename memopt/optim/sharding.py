@@ -8,7 +8,7 @@ follows the element's index in the whole parameter, so that a sharded run gives 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -83,7 +83,8 @@ def like(param: Tensor, local: Tensor, shape: Shape) -> Tensor:
 
     Args:
         param: the parameter the state belongs to.
-        local: the state's part on this rank; its first dimension is the parameter's.
+        local: the state's part on this rank. Its first dimension is the parameter's, or something else, of which every
+            rank that shares rows has the whole.
         shape: the whole state's shape.
 
     Returns:
@@ -91,15 +92,16 @@ def like(param: Tensor, local: Tensor, shape: Shape) -> Tensor:
     """
     if not is_sharded(param):
         return local
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     one = cast(Any, param)
+    placements = one.placements
+    if shape[:1] != param.shape[:1]:
+        placements = [Replicate() if placement.is_shard(0) else placement for placement in placements]
     stride = torch.empty(shape, device="meta").stride()
     return cast(
         Tensor,
-        DTensor.from_local(
-            local, one.device_mesh, one.placements, run_check=False, shape=torch.Size(shape), stride=stride
-        ),
+        DTensor.from_local(local, one.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride),
     )
 
 
@@ -142,11 +144,11 @@ def scatter(whole: Tensor, param: Tensor) -> None:
     local_of(param).copy_(part_of(whole, param))
 
 
-def _reduce(value: Tensor, param: Tensor, operation: Any) -> Tensor:
+def _reduce(value: Tensor, param: Tensor, operation: Any, *, rows_only: bool = False) -> Tensor:
     if is_sharded(param):
         one = cast(Any, param)
         for dimension, placement in enumerate(one.placements):
-            if not placement.is_replicate():  # replicas hold the same values already
+            if placement.is_shard(0) if rows_only else not placement.is_replicate():  # replicas hold the same values
                 dist.all_reduce(value, op=operation, group=one.device_mesh.get_group(dimension))
     return value
 
@@ -154,10 +156,31 @@ def _reduce(value: Tensor, param: Tensor, operation: Any) -> Tensor:
 def reduce_max(value: Tensor, param: Tensor) -> Tensor:
     """The elementwise largest over the ranks that hold parts of ``param``, in place; one all-reduce.
 
-    Every one of these ranks must call it, those that hold no element too (with ``-inf`` or 0 where fitting). It is what
-    the rank-1 scales' column maxima need; an ordinary parameter's value is returned as it is.
+    Every one of these ranks must call it, those that hold no element too (with ``-inf`` or 0 where fitting); an
+    ordinary parameter's value is returned as it is.
     """
     return _reduce(value, param, dist.ReduceOp.MAX)
+
+
+def join_columns(params: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
+    """What raises the column maxima of these parameters, in place, to those of all rows; one all-reduce a mesh.
+
+    It takes as many tensors for each parameter as for the others, in the order of ``params``, and all ranks must call
+    it alike, those that hold no row too.
+    """
+
+    def join(maxima: Sequence[Tensor]) -> None:
+        each = len(maxima) // len(params)
+        for members in _by_mesh(params).values():
+            mine = [maxima[each * i + k] for i in members for k in range(each)]
+            flat = torch.cat([one.flatten() for one in mine])
+            _reduce(flat, params[members[0]], dist.ReduceOp.MAX, rows_only=True)
+            at = 0
+            for one in mine:
+                one.copy_(flat[at : at + one.numel()].view_as(one))
+                at += one.numel()
+
+    return join
 
 
 def reduce_sum(value: Tensor, param: Tensor) -> Tensor:
@@ -172,11 +195,16 @@ def sum_each(values: Tensor, params: Sequence[Tensor]) -> Tensor:
         values: float [kinds, parameters], this rank's shares; changed.
         params: the parameters; ordinary ones keep their values.
     """
+    for members in _by_mesh(params).values():
+        values[:, members] = reduce_sum(values[:, members], params[members[0]])
+    return values
+
+
+def _by_mesh(params: Sequence[Tensor]) -> dict[Any, list[int]]:
+    """The numbers of the sharded ones among the parameters, those together that share a mesh and its placements."""
     meshes: dict[Any, list[int]] = {}
     for i, param in enumerate(params):
         if is_sharded(param):
             one = cast(Any, param)
             meshes.setdefault((one.device_mesh, tuple(one.placements)), []).append(i)
-    for members in meshes.values():
-        values[:, members] = reduce_sum(values[:, members], params[members[0]])
-    return values
+    return meshes

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from memopt.optim.formats.base import Blockwise, Plain, StateFormat
-from memopt.optim.formats.registry import get_format, names, register
+from memopt.optim.formats.registry import format_for, get_format, names, register
 
-__all__ = ["Blockwise", "Plain", "StateFormat", "get_format", "names", "register"]
+__all__ = ["Blockwise", "Plain", "StateFormat", "format_for", "get_format", "names", "register"]

@@ -6,7 +6,7 @@ tensor or as codes with scales, all plain tensors, under keys that begin with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -18,12 +18,23 @@ from memopt.optim.layout import Extent, as_rows, row_shape
 
 Stored = dict[str, Any]
 
+Join = Callable[[Sequence[Tensor]], None]
+"""Raises maxima over rows, in place, to those over the rows of all ranks that share the parameter."""
+
+
+def alone(maxima: Sequence[Tensor]) -> None:
+    """The join of a parameter that is whole here: nothing to do."""
+
 
 class StateFormat(Protocol):
     """How optimizer states are kept between steps. Implement these members, put the object in a file of this folder
     as ``FORMAT`` (or pass it as ``state=``), and every rule can use it.
 
     ``name`` is what ``state=`` and state dicts call it; ``block`` is the elements per scale, 0 for plain formats.
+
+    Two more are optional: ``for_extent(extent)`` gives the format for parameters of some shape, where it is another;
+    ``step``, with the arguments of :func:`memopt.kernels.step` and a ``join``, replaces it where a step needs more than
+    one pass (:mod:`memopt.optim.formats.rank_one`).
     """
 
     @property
@@ -47,8 +58,9 @@ class StateFormat(Protocol):
     def operand(self, spec: State, stored: Mapping[str, Any], extent: Extent) -> Tensor | Quantized:
         """The same tensors as the kernels take them; no copy."""
 
-    def encode(self, spec: State, value: Tensor, extent: Extent) -> Stored:
-        """A plain tensor of the local shape put in this format, rounded to nearest."""
+    def encode(self, spec: State, value: Tensor, extent: Extent, join: Join = alone) -> Stored:
+        """A plain tensor of the local shape put in this format, rounded to nearest. ``join`` is for scales that depend
+        on all rows of a sharded parameter."""
 
     def decode(self, spec: State, stored: Mapping[str, Any], extent: Extent) -> Tensor:
         """The state as a new fp32 tensor of the local shape."""
@@ -81,7 +93,7 @@ class Plain:
     def operand(self, spec: State, stored: Mapping[str, Any], extent: Extent) -> Tensor | Quantized:
         return cast(Tensor, stored[spec.name])
 
-    def encode(self, spec: State, value: Tensor, extent: Extent) -> Stored:
+    def encode(self, spec: State, value: Tensor, extent: Extent, join: Join = alone) -> Stored:
         return {spec.name: value.detach().to(self.dtype, copy=True)}
 
     def decode(self, spec: State, stored: Mapping[str, Any], extent: Extent) -> Tensor:
@@ -123,7 +135,7 @@ class Blockwise:
         codes, scales = (stored[key] for key in self.keys(spec))
         return Quantized(codes, scales, row_shape(extent, self.block), self.codec(spec))
 
-    def encode(self, spec: State, value: Tensor, extent: Extent) -> Stored:
+    def encode(self, spec: State, value: Tensor, extent: Extent, join: Join = alone) -> Stored:
         rows = as_rows(value.detach().float(), extent, self.block)
         return self._stored(spec, quantize_blockwise(rows, self.codec(spec)))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import lru_cache
+from typing import cast
 
 from memopt.optim import formats
 from memopt.optim.formats.base import StateFormat
+from memopt.optim.layout import MIN_LOW_BIT_SIZE, Extent
 
 _MEMBERS = ("name", "block", "codec", "keys", "allocate", "operand", "encode", "decode")
 _added: dict[str, StateFormat] = {}
@@ -59,3 +61,12 @@ def get_format(state: str | StateFormat) -> StateFormat:
     if state not in known:
         raise ValueError(f"unknown state format {state!r}; the choices are {', '.join(names())}")
     return known[state]
+
+
+def format_for(state: str | StateFormat, extent: Extent) -> StateFormat:
+    """How a parameter of this shape is kept under ``state``: in fp32 where it is small and the format has few bits."""
+    chosen = get_format(state)
+    if chosen.block and extent.numel < MIN_LOW_BIT_SIZE:
+        return get_format("fp32")
+    suited = getattr(chosen, "for_extent", None)
+    return chosen if suited is None else cast(StateFormat, suited(extent))
