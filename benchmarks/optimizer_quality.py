@@ -1,7 +1,7 @@
 """What low-bit states cost in quality: least squares, heavy-tailed gradients, and a byte-level GPT.
 
     python -m benchmarks.optimizer_quality                            # the two probes, seconds
-    python -m benchmarks.optimizer_quality --train short bf16 long    # the GPT's runs as well, hours on two cores
+    python -m benchmarks.optimizer_quality --train demo bf16 long     # the GPT's runs, hours on two cores
     python -m benchmarks.optimizer_quality --states fp32 8bit         # these formats only
 
 Training runs are kept one by one in the file that ``--runs`` names, and those it holds are not run again.

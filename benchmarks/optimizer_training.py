@@ -22,8 +22,9 @@ HELD_OUT_BATCHES = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One training recipe: the demo's GPT (6 layers, width 512) by AdamW at lr 1e-3, warm-up over a tenth of the steps,
-    then a cosine to 0; matrix products in bf16. ``dtype`` is that of the parameters; bf16 ones round stochastically.
+    """One training recipe: the demo's GPT (6 layers of width 512, 19 million parameters, unless said) by AdamW at
+    lr 1e-3, warm-up over a tenth of the steps, then a cosine to 0; matrix products in bf16. ``dtype`` is that of the
+    parameters; bf16 ones round stochastically.
     """
 
     title: str
@@ -38,10 +39,13 @@ class Case:
 
 
 CASES = {
-    "short": Case("300 steps of 4 x 64 bytes, fp32 parameters", steps=300, seeds=3, batch=4),
-    "bf16": Case("300 steps of 4 x 64 bytes, bf16 parameters", steps=300, seeds=3, batch=4, dtype="bf16"),
-    "long": Case("3000 steps of 2 x 64 bytes, fp32 parameters", steps=3000, seeds=1, batch=2),
-    "tiny": Case("10 steps of a small model, to try this out", steps=10, seeds=1, batch=2, layers=1, width=64),
+    "demo": Case("300 steps of 4 x 64 bytes, fp32 parameters", steps=300, seeds=3, batch=4),
+    "small": Case("the same with 4 layers of width 256", steps=300, seeds=5, batch=4, layers=4, width=256),
+    "bf16": Case(
+        "the small model with bf16 parameters", steps=300, seeds=5, batch=4, layers=4, width=256, dtype="bf16"
+    ),
+    "long": Case("3000 steps of the small model", steps=3000, seeds=1, batch=4, layers=4, width=256),
+    "tiny": Case("10 steps of a tiny model, to try this out", steps=10, seeds=1, batch=2, layers=1, width=64),
 }
 
 
