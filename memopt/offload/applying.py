@@ -12,9 +12,9 @@ from torch import nn
 from memopt.offload.calls import Policy
 from memopt.offload.checking import check_actions, find_block, missing_fields
 from memopt.offload.errors import PlanMismatchError
+from memopt.offload.origin import Counts
 from memopt.offload.planned import PlannedForward
 from memopt.offload.reporting import StepReport, compare
-from memopt.offload.session import Counts
 from memopt.offload.tiers import open_tier
 from memopt.planner.values import BlockPlan
 
@@ -57,10 +57,7 @@ class Handle:
         self.blocks: list[PlannedForward] = []
         for path, calls in by_path.items():
             parts = [calls.get(n) for n in range(max(calls) + 1)]
-            policies = [
-                None if part is None else (part, Policy({a.index: a for a in part.actions}, self.tier))
-                for part in parts
-            ]
+            policies = [None if part is None else (part, Policy.of(part, self.tier)) for part in parts]
             self.blocks.append(PlannedForward(blocks[path], path, policies, self))
         for planned in self.blocks:
             planned.block.forward = planned

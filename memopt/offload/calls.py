@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from memopt.offload.actions import Saver, saver
+from memopt.offload.checking import whole_actions
 from memopt.offload.cones import Needs, needs_of
-from memopt.offload.handles import Dropped, Kept, Piece
+from memopt.offload.handles import Dropped, Kept, Leaving, Piece, Stored
+from memopt.offload.origin import Origin
 from memopt.offload.recording import Recorder
-from memopt.offload.session import Origin, Sessions
+from memopt.offload.session import Sessions
 from memopt.offload.template import Kind, Template
 from memopt.offload.tiers import Tier
 from memopt.planner.restoring import restoring
-from memopt.planner.values import Action, StorageAction
+from memopt.planner.values import Action, BlockPlan, StorageAction
 
 
 class Policy:
@@ -27,14 +29,21 @@ class Policy:
 
     Args:
         actions: from the plan, by saved-storage index; what is not named is kept.
+        inputs: the same for the inputs that autograd saves in the call.
         tier: where swapped storages go.
     """
 
-    def __init__(self, actions: Mapping[int, StorageAction], tier: Tier) -> None:
-        self.actions = dict(actions)
+    def __init__(self, actions: Mapping[int, StorageAction], inputs: Mapping[int, StorageAction], tier: Tier) -> None:
+        self.actions, self.inputs = dict(actions), dict(inputs)
         self.tier = tier
         self._savers = {index: saver(action) for index, action in self.actions.items()}
+        self._inputs = {index: saver(action) for index, action in self.inputs.items()}
         self._keep = saver(StorageAction(-1, 0, Action.KEEP))
+
+    @classmethod
+    def of(cls, plan: BlockPlan, tier: Tier) -> Policy:
+        """The actions of a plan's part, parts of storages put together."""
+        return cls(whole_actions(plan, "actions"), whole_actions(plan, "inputs"), tier)
 
     @property
     def recomputes(self) -> bool:
@@ -44,6 +53,10 @@ class Policy:
     def saver(self, index: int) -> Saver:
         """What saves the storage of this index."""
         return self._savers.get(index, self._keep)
+
+    def input_saver(self, index: int) -> Saver:
+        """What saves the input of this index."""
+        return self._inputs.get(index, self._keep)
 
     def moved(self, first: Template, other: Template) -> Policy:
         """The same actions for calls of other shapes, in another mode, or with other parameters frozen.
@@ -63,7 +76,7 @@ class Policy:
             action = made_by.get((same.get(number, -1), place))
             if action is not None:
                 actions[n] = replace(action, index=n)
-        return Policy(actions, self.tier)
+        return Policy(actions, self.inputs, self.tier)
 
     def compile(self, template: Template) -> Compiled:
         """Everything that later calls need, by saved tensor."""
@@ -77,8 +90,23 @@ class Policy:
         savers = []
         for pack in template.packs:
             made = pack.saved >= 0 and template.kinds[template.saved[pack.saved]] is Kind.MADE
-            savers.append(self.saver(pack.saved) if made else self._keep)
+            if pack.input >= 0:
+                given = self.input_saver(pack.input)
+                savers.append(given if given.passive else Given(given))
+            else:
+                savers.append(self.saver(pack.saved) if made else self._keep)
         return Compiled(template, needs, tuple(savers), tuple(pack.saved for pack in template.packs))
+
+
+class Given(Saver):
+    """Saves the tensors over one of the block's inputs as an action says."""
+
+    def __init__(self, action: Saver) -> None:
+        self._action = action
+
+    def save(self, call: Any, number: int, tensor: Tensor) -> Any:
+        """The action's way with inputs."""
+        return self._action.save_input(call, tensor)
 
 
 class Compiled:
@@ -94,14 +122,20 @@ class Compiled:
 class Call:
     """One execution of a block under a policy; lives in forward only.
 
+    Args:
+        where: the block, for messages.
+        origin: what a replay would start from, where there can be one.
+        policy, compiled: what to do; not yet compiled while the call is being recorded.
+
     What it made for autograd lives on; of those objects only ``Dropped`` ones hold on to the call's origin.
     """
 
-    def __init__(self, origin: Origin, policy: Policy, compiled: Compiled | None) -> None:
-        self.where, self.policy, self.compiled = origin.where, policy, compiled
-        self.sessions = Sessions(origin) if (compiled is None or compiled.needs.last_pack >= 0) else None
+    def __init__(self, where: str, origin: Origin | None, policy: Policy, compiled: Compiled | None) -> None:
+        self.where, self.policy, self.compiled = where, policy, compiled
+        self.sessions = None if origin is None else Sessions(origin)
         self.stored: dict[int, Any] = {}
         self.handles: list[Any] = []
+        self.leaving: list[tuple[Any, Leaving]] = []
         self.recorder: Recorder | None = None
         self._savers: tuple[Saver, ...] = () if compiled is None else compiled.savers
 
@@ -142,6 +176,8 @@ class Call:
         # What is done to save it is not the block's doing.
         self.recorder.paused = True
         try:
+            if template.packs[-1].input >= 0:
+                return self.policy.input_saver(template.packs[-1].input).save_input(self, tensor)
             if index < 0 or template.kinds[template.saved[index]] is not Kind.MADE:
                 return Kept(tensor, self.where)
             return self.policy.saver(index).save(self, number, tensor)
@@ -150,27 +186,42 @@ class Call:
 
     def leave(self, compiled: Compiled) -> None:
         """Forward is over: tie what will be recomputed to what it will be recomputed from."""
-        sessions, needs = self.sessions, compiled.needs
-        if sessions is not None and needs.last_pack >= 0:
+        sessions, needs, handles = self.sessions, compiled.needs, self.handles
+        replayed = sessions is not None and needs.last_pack >= 0
+        if self.leaving:
+            self._move_inputs(sessions.origin if sessions is not None and replayed else None)
+        if sessions is not None and replayed:
             sessions.template, sessions.needs = compiled.template, needs
-            handles = self.handles
             first = {compiled.storages[n]: handles[n] for n in needs.source_packs if n < len(handles)}
             for number, handle in enumerate(handles):
                 if isinstance(handle, Dropped):
                     sessions.dropped.append(ref(handle))
                     index = compiled.storages[number] if number < len(compiled.storages) else -1
                     handle.sources = [first[s] for s in needs.sources.get(index, ()) if s in first]
-            sessions.sources = {
-                n: ref(handles[n])
-                for n in needs.source_packs
-                if n < len(handles) and isinstance(handles[n], (Kept, Piece))
-            }
+            for n in needs.source_packs:
+                handle = handles[n] if n < len(handles) else None
+                if isinstance(handle, Piece):
+                    handle.stored.is_source = True
+                if isinstance(handle, (Kept, Piece)):
+                    sessions.sources[n] = ref(handle)
             sessions.origin.left()
         self.close()
 
+    def _move_inputs(self, origin: Origin | None) -> None:
+        """The block does not need its inputs any more: they go, once each, however many tensors lie over them."""
+        gone: list[Stored] = []
+        for given, handle in self.leaving:
+            stored = next((one for one in gone if one.is_of(handle.tensor)), None)
+            if stored is None:
+                stored = given.moved(self, handle.tensor)
+                gone.append(stored)
+                if origin is not None:
+                    origin.arguments.leave(stored)
+            handle.leave(stored)
+
     def close(self) -> None:
         """Let go of everything. Autograd holds the pack hook, and so this call, as long as what it saved."""
-        self.handles, self.stored, self.sessions, self.recorder = [], {}, None, None
+        self.handles, self.stored, self.leaving, self.sessions, self.recorder = [], {}, [], None, None
 
 
 def unpack(handle: Any) -> Tensor:

@@ -8,9 +8,10 @@ from torch import nn
 
 from memopt.offload.errors import PlanMismatchError, UnsupportedBlockError
 from memopt.offload.template import Kind, Template
-from memopt.planner.values import Action, BlockPlan
+from memopt.planner.values import Action, BlockPlan, StorageAction
 
 _CUDA_ROUNDING = 512
+_FIELDS = {"actions": "saved storage", "inputs": "saved input"}
 
 
 def find_block(model: nn.Module, path: str) -> nn.Module:
@@ -41,19 +42,46 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
 
 
 def check_actions(plan: BlockPlan) -> None:
-    """Refuse a plan that names a storage twice or out of range."""
-    seen: set[int] = set()
-    for action in plan.actions:
-        if action.index < 0:
-            raise PlanMismatchError(f"block {plan.path!r}: the plan has an action for saved storage {action.index}")
-        if action.index in seen:
-            raise PlanMismatchError(f"block {plan.path!r}: the plan has two actions for saved storage {action.index}")
-        if action.fraction != 1.0:
+    """Refuse a plan that names a storage twice or out of range, or splits it as cannot be done."""
+    where = f"block {plan.path!r}"
+    for field in _FIELDS:
+        whole_actions(plan, field)
+    for action in plan.inputs:
+        if action.action not in (Action.KEEP, Action.SWAP):
             raise UnsupportedBlockError(
-                f"block {plan.path!r}: the plan takes a fraction of {action.fraction} of saved storage {action.index}; "
-                "the runtime treats storages whole: plan without fractions, or tile the block (memopt.offload.tile)"
+                f"{where}: the plan has action {action.action.value!r} for saved input {action.index}; inputs can be "
+                "kept or swapped"
             )
-        seen.add(action.index)
+
+
+def whole_actions(plan: BlockPlan, field: str) -> dict[int, StorageAction]:
+    """One action for each storage that a plan names in ``actions`` or ``inputs``: a swapped and a kept share are one.
+
+    Raises:
+        PlanMismatchError: a storage is named twice, or its shares do not add up to 1.
+        UnsupportedBlockError: a share of a storage is to be recomputed or compressed.
+    """
+    where, what = f"block {plan.path!r}", _FIELDS[field]
+    found: dict[int, list[StorageAction]] = {}
+    for action in getattr(plan, field):
+        if action.index < 0:
+            raise PlanMismatchError(f"{where}: the plan has an action for {what} {action.index}")
+        found.setdefault(action.index, []).append(action)
+    for index, parts in found.items():
+        shares = {part.action: part.fraction for part in parts}
+        if len(shares) < len(parts) or (len(parts) > 1 and all(part.fraction == 1 for part in parts)):
+            raise PlanMismatchError(f"{where}: the plan has two actions for {what} {index}")
+        partly = {action for action, share in shares.items() if share != 1} - {Action.KEEP, Action.SWAP}
+        if partly:
+            raise UnsupportedBlockError(
+                f"{where}: the plan would {min(partly).value} a fraction of {shares[min(partly)]} of {what} {index}; "
+                "only swapping can take a part of a storage: run the block in tiles (memopt.offload.tile) and plan "
+                "each tile whole, or plan without fractions"
+            )
+        if not all(0 < share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+            text = " and ".join(f"{action.value} {share}" for action, share in shares.items())
+            raise PlanMismatchError(f"{where}: the shares of {what} {index} ({text}) do not add up to 1")
+    return {index: max(parts, key=lambda part: part.action is Action.SWAP) for index, parts in found.items()}
 
 
 def check_call(plan: BlockPlan, template: Template, first: bool) -> None:
@@ -64,22 +92,8 @@ def check_call(plan: BlockPlan, template: Template, first: bool) -> None:
     """
     where = f"block {plan.path!r} (call {plan.call})"
     if first:
-        count = len(template.saved)
-        for action in plan.actions:
-            if action.action is Action.KEEP:
-                continue
-            if action.index >= count:
-                raise PlanMismatchError(
-                    f"{where}: the plan has an action for saved storage {action.index}, but this call saves only "
-                    f"{count}; plan again with the inputs and settings that you train with"
-                )
-            size = template.sizes[template.saved[action.index]]
-            rounded = -(-size // _CUDA_ROUNDING) * _CUDA_ROUNDING
-            if action.bytes and action.bytes not in (size, rounded):
-                raise PlanMismatchError(
-                    f"{where}: saved storage {action.index} has {size} bytes, the plan was made for "
-                    f"{action.bytes}; plan again with the shapes and the dtype that you train with"
-                )
+        _check_storages(where, "saved storage", plan.actions, [template.sizes[s] for s in template.saved])
+        _check_storages(where, "saved input", plan.inputs, [template.sizes[s] for s in template.saved_inputs])
         if plan.signature and plan.signature != template.signature:
             raise PlanMismatchError(
                 f"{where}: its operations ({len(template.ops)}, signature {template.signature}) are not those that "
@@ -92,6 +106,24 @@ def check_call(plan: BlockPlan, template: Template, first: bool) -> None:
             f"{where}: its forward overwrites one of its parameters, so that nothing in it can be recomputed; leave "
             "the block out of the plan"
         )
+
+
+def _check_storages(where: str, what: str, actions: tuple[StorageAction, ...], sizes: list[int]) -> None:
+    for action in actions:
+        if action.action is Action.KEEP:
+            continue
+        if action.index >= len(sizes):
+            raise PlanMismatchError(
+                f"{where}: the plan has an action for {what} {action.index}, but this call saves only {len(sizes)}; "
+                "plan again with the inputs and settings that you train with"
+            )
+        size = sizes[action.index]
+        rounded = -(-size // _CUDA_ROUNDING) * _CUDA_ROUNDING
+        if action.bytes and action.bytes not in (size, rounded):
+            raise PlanMismatchError(
+                f"{where}: {what} {action.index} has {size} bytes, the plan was made for {action.bytes}; plan again "
+                "with the shapes and the dtype that you train with"
+            )
 
 
 def missing_fields(plan: Any) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -48,8 +47,9 @@ class Kept:
 class Stored:
     """A storage that is somewhere else between forward and backward, in whole; shared by the tensors over it.
 
-    Subclasses set ``where`` and implement ``fetch``: a flat uint8 tensor of the storage's bytes, on its own device.
-    The fetched storage is held until every tensor over it has been handed out, then by whoever uses them alone.
+    Subclasses implement ``fetch``: a flat uint8 tensor of the storage's bytes, on its own device. The fetched storage
+    is held until every tensor over it has been handed out, then by whoever uses them alone. ``is_source`` says that
+    replays read it too, at any time until the last tensor over it is done with.
     """
 
     def __init__(self, tensor: Tensor, where: str) -> None:
@@ -61,6 +61,7 @@ class Stored:
         self._handed: set[int] = set()
         self._complete = False
         self.pieces = 0
+        self.is_source = False
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether this is the storage of a tensor."""
@@ -78,15 +79,17 @@ class Stored:
             self._flat = self.fetch()
         return self._flat
 
-    def hand_out(self, piece: int) -> Tensor:
-        """The bytes for one of the tensors; after the last one they are no longer held here."""
+    def begin(self) -> Tensor:
+        """The bytes, held here until the last of the tensors has been handed out."""
         self._complete = False
-        flat = self.peek()
+        return self.peek()
+
+    def handed(self, piece: int) -> None:
+        """One of the tensors has been handed out; after the last one the bytes are no longer held here."""
         self._handed.add(piece)
         if len(self._handed) == self.pieces:
             self._flat, self._complete = None, True
             self._handed.clear()
-        return flat
 
 
 class Piece:
@@ -100,11 +103,41 @@ class Piece:
 
     def unpack(self) -> Tensor:
         """The tensor over the storage, brought back."""
-        return self.layout.over(_typed(self.stored.hand_out(self.number), self.layout.dtype))
+        tensor = self.begin()
+        self.stored.handed(self.number)
+        return tensor
+
+    def begin(self) -> Tensor:
+        """The same, while the storage still counts as not handed out."""
+        return self._over(self.stored.begin())
+
+    def peek(self) -> Tensor:
+        """The tensor for a replay that reads it on the way to others."""
+        return self._over(self.stored.peek())
+
+    def _over(self, flat: Tensor) -> Tensor:
+        dtype = self.layout.dtype
+        return self.layout.over(flat if flat.dtype == dtype else flat.view(dtype))
 
 
-def _typed(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    return flat if flat.dtype == dtype else flat.view(dtype)
+class Leaving(Kept):
+    """A tensor over a block's input: kept until the block's forward has ended, then in a tier."""
+
+    __slots__ = ("_piece",)
+
+    def __init__(self, tensor: Tensor, where: str) -> None:
+        super().__init__(tensor, where)
+        self._piece: Piece | None = None
+
+    def leave(self, stored: Stored) -> None:
+        """The storage has been moved; an overwritten tensor stays, for ``unpack`` to tell."""
+        if self.tensor._version == self.version:
+            self._piece = Piece(stored, self.tensor)
+            del self.tensor
+
+    def unpack(self) -> Tensor:
+        """The tensor, from the tier if it has gone."""
+        return super().unpack() if self._piece is None else self._piece.unpack()
 
 
 class Dropped:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memopt.offload.errors import SwapError
-from memopt.offload.tiers.tier import Slot, Tier
+from memopt.offload.tiers.tier import Slot, Tier, first_bytes
 
 _MIB = 2**20
 
@@ -88,23 +88,23 @@ class PinnedPool:
 class PinnedSlot(Slot):
     """One storage in pinned memory, on its way out, or on its way back."""
 
-    def __init__(self, tier: PinnedTier, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._tier, self._device, self._bytes = tier, tensor.device, storage.nbytes()
-        self._buffer = tier.pool.take(self._bytes)
+    def __init__(self, tier: PinnedTier, tensor: Tensor, moved_bytes: int | None) -> None:
+        super().__init__(tensor, moved_bytes)
+        self._tier = tier
+        self._buffer = tier.pool.take(self.moved_bytes)
         self._back: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (self._bytes,), (1,))
-        compute = torch.cuda.current_stream(self._device)
+        source = first_bytes(tensor, self.moved_bytes)
+        compute = torch.cuda.current_stream(self.device)
         # The values must be complete before the copy reads them.
         tier.out_stream.wait_stream(compute)
         with torch.cuda.stream(tier.out_stream):
-            self._buffer[: self._bytes].copy_(source, non_blocking=True)
+            self._buffer[: self.moved_bytes].copy_(source, non_blocking=True)
             self.left = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.left.record(tier.out_stream)
         tier.leaving(self.left, source)
-        tier.held_bytes += self._bytes
-        tier.moved_bytes += self._bytes
+        tier.held_bytes += self.moved_bytes
+        tier.moved_bytes += self.moved_bytes
 
     def start_back(self) -> None:
         """Start the copy to the device, unless it has been."""
@@ -113,15 +113,15 @@ class PinnedSlot(Slot):
         tier = self._tier
         # Allocated on the compute stream, where it will be used and freed; the copy must not start before memory that
         # this allocation reuses has been read for the last time.
-        self._back = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        tier.in_stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._back = self.empty()
+        tier.in_stream.wait_stream(torch.cuda.current_stream(self.device))
         # The way out must be finished before the way back begins.
         tier.in_stream.wait_event(self.left)
         with torch.cuda.stream(tier.in_stream):
-            self._back.copy_(self._buffer[: self._bytes], non_blocking=True)
+            self._back[: self.moved_bytes].copy_(self._buffer[: self.moved_bytes], non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(tier.in_stream)
-        tier.ahead_bytes += self._bytes
+        tier.ahead_bytes += self.storage_bytes
 
     def get(self) -> Tensor:
         """The bytes on the device; compute waits for their arrival, the host does not."""
@@ -130,20 +130,20 @@ class PinnedSlot(Slot):
         assert self._back is not None
         assert self._arrived is not None
         back, self._back = self._back, None
-        tier.ahead_bytes -= self._bytes
+        tier.ahead_bytes -= self.storage_bytes
         if not _passed(self._arrived):
             tier.late += 1
-        torch.cuda.current_stream(self._device).wait_event(self._arrived)
+        torch.cuda.current_stream(self.device).wait_event(self._arrived)
         tier.prefetch_before(self)
         return back
 
     def __del__(self) -> None:
         if hasattr(self, "left"):
-            self._tier.held_bytes -= self._bytes
+            self._tier.held_bytes -= self.moved_bytes
             if self._back is not None and self._arrived is not None:
                 # Fetched ahead and never asked for: its memory may be reused only after the copy into it.
-                torch.cuda.current_stream(self._device).wait_event(self._arrived)
-                self._tier.ahead_bytes -= self._bytes
+                torch.cuda.current_stream(self.device).wait_event(self._arrived)
+                self._tier.ahead_bytes -= self.storage_bytes
             # The buffer may be handed out again only when both copies are done with it.
             self._tier.retire(self._buffer, self._arrived or self.left)
 
@@ -170,10 +170,10 @@ class PinnedTier(Tier):
         self._order: list[ref[PinnedSlot]] = []
         self._retired: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def put(self, tensor: Tensor) -> Slot:
+    def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
         """Start the copy out."""
         self._collect()
-        slot = PinnedSlot(self, tensor)
+        slot = PinnedSlot(self, tensor, moved_bytes)
         self._order.append(ref(slot))
         return slot
 
@@ -198,7 +198,7 @@ class PinnedTier(Tier):
         for reference in reversed(self._order[:position]):
             other = reference()
             if other is not None:
-                if self.ahead_bytes + other._bytes > self.prefetch_bytes:
+                if self.ahead_bytes + other.storage_bytes > self.prefetch_bytes:
                     return
                 other.start_back()
 

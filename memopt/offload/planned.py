@@ -14,9 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from memopt.offload.ambient import autocast, random_states
 from memopt.offload.calls import Call, Compiled, Policy, unpack
 from memopt.offload.checking import check_call
+from memopt.offload.origin import Origin
 from memopt.offload.recording import Recorder, copy_of_storage
 from memopt.offload.replaying import replaying
-from memopt.offload.session import Origin
 from memopt.offload.template import Kind, Template
 from memopt.planner.values import BlockPlan
 
@@ -68,13 +68,8 @@ class PlannedForward:
         compiled, policy = known
         if compiled.idle:
             return self.own(*args, **kwargs)
-        origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
-        call = Call(origin, policy, compiled)
-        if compiled.needs.random:
-            origin.generators = compiled.template.generators
-            origin.states = random_states(origin.generators)
-        if compiled.needs.copies:
-            self._copy(origin, compiled)
+        origin = self._origin(number, compiled, args, kwargs) if compiled.needs.last_pack >= 0 else None
+        call = Call(self._where(number), origin, policy, compiled)
         with call, saved_tensors_hooks(call.pack, unpack):
             output = self.own(*args, **kwargs)
         if len(call.handles) != len(compiled.storages):
@@ -82,6 +77,22 @@ class PlannedForward:
             variants.pop(key, None)
         call.leave(compiled)
         return output
+
+    def _origin(self, number: int, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin:
+        """What a replay of a call that begins now would start from."""
+        origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
+        needs, template = compiled.needs, compiled.template
+        origin.arguments.forget(*template.arguments)
+        if needs.random:
+            origin.generators = template.generators
+            origin.states = random_states(origin.generators)
+        for storage in needs.copies:
+            place = template.outside_names.get(storage)
+            if place is not None:
+                inputs = origin.arguments.tensors() if place[0] == "input" else []
+                tensor = inputs[place[1]] if inputs else self.block.get_buffer(place[1])
+                origin.copies[storage] = copy_of_storage(tensor)
+        return origin
 
     def _first(
         self, number: int, key: Any, planned: tuple[BlockPlan, Policy], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -91,12 +102,13 @@ class PlannedForward:
         self._parameters = list(self.block.parameters())
         first = self._templates[number]
         # A later kind of call keeps everything once; until it has been seen, the plan's indices mean nothing for it.
-        used = policy if first is None else Policy({}, policy.tier)
+        used = policy if first is None else Policy({}, {}, policy.tier)
         origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
-        call = Call(origin, used, None)
+        call = Call(origin.where, origin, used, None)
         recorder = call.recorder = Recorder(self._known(origin), keep_copies=used.recomputes)
         with call, autocast(origin.autocast), saved_tensors_hooks(call.pack, unpack), recorder:
             output = self.own(*args, **kwargs)
+        recorder.template.arguments = len(origin.arguments.held), origin.arguments.read(recorder.touched)
         template = recorder.finish()
         try:
             with call:
@@ -105,6 +117,7 @@ class PlannedForward:
             self.handle.remove()
             raise
         compiled = used.compile(template)
+        origin.arguments.forget(*template.arguments)
         origin.generators = template.generators
         origin.states = [recorder.generator_states[id(g)] for g in template.generators]
         origin.copies = {s: c for s, c in recorder.copies.items() if s in compiled.needs.copies}
@@ -126,15 +139,8 @@ class PlannedForward:
         known += [(b, Kind.BUFFER, ("buffer", name)) for name, b in self.block.named_buffers()]
         known += [(p, Kind.PARAMETER, None) for p in root.parameters()]
         known += [(b, Kind.BUFFER, None) for b in root.buffers()]
-        known += [(t, Kind.INPUT, ("input", n)) for n, t in enumerate(origin.inputs)]
+        known += [(t, Kind.INPUT, ("input", n)) for n, t in enumerate(origin.arguments.tensors())]
         return known
-
-    def _copy(self, origin: Origin, compiled: Compiled) -> None:
-        for storage in compiled.needs.copies:
-            place = compiled.template.outside_names.get(storage)
-            if place is not None:
-                tensor = origin.inputs[place[1]] if place[0] == "input" else self.block.get_buffer(place[1])
-                origin.copies[storage] = copy_of_storage(tensor)
 
     def _where(self, number: int) -> str:
         return f"{self.path!r}" if len(self.plans) == 1 else f"{self.path!r} (call {number})"

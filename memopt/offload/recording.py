@@ -125,15 +125,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def packed(self, tensor: Tensor) -> int:
         """Notes a saved tensor; returns the index of its storage among the saved ones, -1 where it has none."""
         value = self.value(tensor)
-        saved = -1
-        if value[0] >= 0 and self.template.kinds[value[0]] in (Kind.MADE, Kind.OUTSIDE):
-            if value[0] not in self.template.saved:
-                self.template.saved.append(value[0])
-            saved = self.template.saved.index(value[0])
-        self.template.packs.append(Pack(value, saved))
+        kind = self.template.kinds[value[0]] if value[0] >= 0 else None
+        saved = given = -1
+        if kind in (Kind.MADE, Kind.OUTSIDE):
+            saved = _place(self.template.saved, value[0])
+        elif kind is Kind.INPUT:
+            given = _place(self.template.saved_inputs, value[0])
+        self.template.packs.append(Pack(value, saved, given))
         if value in self._unwritten:
             self.template.opaque = self.template.opaque or "a kernel that writes behind PyTorch's back"
         return saved
+
+    def touched(self, tensor: Tensor) -> bool:
+        """Whether any operation has read, written or made the storage of a tensor."""
+        try:
+            return tensor.untyped_storage()._cdata in self._numbers
+        except (RuntimeError, NotImplementedError):
+            return True
 
     def finish(self) -> Template:
         """The template, once the call is over."""
@@ -268,6 +276,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Shares a storage with something that is no operand: an earlier output of the same operation, say.
             self.template.opaque = self.template.opaque or "an operation whose outputs share a storage"
         return Output(fresh=True, layout=layout)
+
+
+def _place(found: list[int], storage: int) -> int:
+    """The place of a storage in a list, at whose end it is put where it is not there yet."""
+    if storage not in found:
+        found.append(storage)
+    return found.index(storage)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

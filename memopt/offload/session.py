@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -13,80 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memopt.offload.ambient import Autocast, Generators, attributes_restored, autocast, autocast_state, no_autocast
+from memopt.offload.ambient import attributes_restored, autocast, no_autocast
+from memopt.offload.arguments import Absent, Away
 from memopt.offload.cones import Needs
 from memopt.offload.draws import Draws
 from memopt.offload.errors import ReplayError
-from memopt.offload.handles import Dropped, Kept, Piece, changed_in_place
+from memopt.offload.handles import Dropped, Kept, Piece
+from memopt.offload.origin import Origin
 from memopt.offload.replaying import Reached, Replayer, Seen
 from memopt.offload.tape import Chain, Tape
 from memopt.offload.template import Kind, Layout, Template
-from memopt.offload.trees import map_tensors, tensors_in
-
-
-@dataclass
-class Counts:
-    """How often blocks were replayed, and how many of those replays had to run the whole block at once, and why."""
-
-    replays: int = 0
-    whole: int = 0
-    reasons: set[str] = field(default_factory=set)
-
-
-class Origin:
-    """What a block call started from, so that its code can run again.
-
-    Attributes:
-        args, kwargs: the inputs themselves, held until nothing is left to recompute.
-        copies: outside storages as they were before the call overwrote them, by storage number.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        parameters: list[nn.Parameter],
-        where: str,
-        forward: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        counts: Counts,
-    ) -> None:
-        self.counts = counts
-        self.block, self.parameters, self.where, self.forward = block, parameters, where, forward
-        self.args, self.kwargs = args, kwargs
-        self.training = block.training
-        found = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
-        self.inputs = [tensor for tensor in found if type(tensor) in (Tensor, nn.Parameter)]
-        device = self.inputs[0].device.type if self.inputs else "cpu"
-        self.autocast: Autocast = autocast_state(device)
-        self.generators: Generators = ()
-        self.states: list[Tensor] | None = None
-        self.copies: dict[int, Tensor] = {}
-        self.versions: list[int] = []
-        self.parameter_versions: list[int] = []
-
-    def left(self) -> None:
-        """Forward is over: from here on the inputs must not change."""
-        self.versions = [tensor._version for tensor in self.inputs]
-        self.parameter_versions = [parameter._version for parameter in self.parameters]
-
-    def overwritten(self) -> set[int]:
-        """The storages of parameters that have been overwritten since forward (an optimizer that steps in backward)."""
-        return {
-            parameter.untyped_storage()._cdata
-            for parameter, version in zip(self.parameters, self.parameter_versions, strict=True)
-            if parameter._version != version
-        }
-
-    def check(self) -> None:
-        """Refuse to replay from inputs that were overwritten since.
-
-        Raises:
-            RuntimeError: as autograd would.
-        """
-        for tensor, version in zip(self.inputs, self.versions, strict=True):
-            if tensor._version != version:
-                raise changed_in_place(self.where, tensor, version)
 
 
 class Sessions:
@@ -101,7 +35,7 @@ class Sessions:
         self.template: Template | None = None
         self.needs = Needs()
         self.dropped: list[ref[Dropped]] = []
-        self.sources: dict[int, ref[Kept] | ref[Piece]] = {}
+        self.sources: dict[int, ref[Kept | Piece]] = {}
         self._lock = threading.RLock()
         self._tape: Tape | None = None
         self._seen: list[Seen] = []
@@ -155,6 +89,9 @@ class Sessions:
     def _close(self) -> None:
         if self._tape is not None:
             self._tape.clear()
+            for held in self.origin.arguments.held:
+                if isinstance(held, Away):
+                    held.release()
         self._tape, self._seen, self._waiting = None, [], set()
 
     def _replay(self) -> None:
@@ -193,7 +130,7 @@ class Sessions:
                     if Layout.of(handle.tensor).dtype == seen.layout.dtype:
                         chain.loaders[version] = handle.unpack
                 else:
-                    chain.loaders[version] = _loader(handle)
+                    chain.loaders[version] = handle.peek
 
     def _run(self, eager: bool) -> bool:
         """Run the block's code on the tape; returns whether it left the template."""
@@ -215,8 +152,8 @@ class Sessions:
         return replayer.eager
 
     def _outside(self) -> list[Tensor]:
-        block = self.origin.block
-        return [*self.origin.inputs, *block.parameters(), *block.buffers()]
+        block, held = self.origin.block, self.origin.arguments.held
+        return [*(h for h in held if isinstance(h, Tensor)), *block.parameters(), *block.buffers()]
 
     def _chain(self, storage: int, physical: Tensor) -> Chain:
         """The chain of a storage that the call overwrote: its copy from before, and what it holds now."""
@@ -229,24 +166,29 @@ class Sessions:
         return chain
 
     def _arguments(self, replayer: Replayer) -> tuple[Any, Any]:
-        """The inputs again: detached, and stand-ins where the call overwrites them."""
+        """The inputs again: detached, and stand-ins where the call overwrites or never read them."""
         assert self.template is not None
+        arguments = self.origin.arguments
+        real: list[Any] = [h.tensor() if isinstance(h, Away) else h for h in arguments.held]
         chains: dict[int, Chain] = {}
         for storage in self.template.mutated_outside:
             kind, number = self.template.outside_names.get(storage, ("", 0))
             if kind == "input":
-                tensor = self.origin.inputs[number]
+                tensor = real[arguments.inputs[number]]
                 chains[tensor.untyped_storage()._cdata] = self._chain(storage, tensor.detach())
 
-        def one(tensor: Tensor) -> Tensor:
+        def one(place: int, held: Any) -> Tensor:
+            if isinstance(held, Absent):
+                return replayer.input_over(held.layout, Chain(), held.requires_grad)
+            tensor: Tensor = real[place]
             chain = chains.get(tensor.untyped_storage()._cdata) if chains else None
             if chain is not None:
-                return replayer.input_over(Layout.of(tensor), chain, tensor.requires_grad)
+                return replayer.input_over(Layout.of(tensor), chain, held.requires_grad)
             if isinstance(tensor, nn.Parameter):
                 return tensor
-            return tensor.detach().requires_grad_(tensor.requires_grad)
+            return tensor.detach().requires_grad_(held.requires_grad)
 
-        return map_tensors(one, self.origin.args), map_tensors(one, self.origin.kwargs)
+        return arguments.again(one)
 
     def _swap_buffers(self, replayer: Replayer) -> None:
         assert self.template is not None
@@ -258,10 +200,6 @@ class Sessions:
                 buffer = module._buffers[name]
                 assert buffer is not None
                 module._buffers[name] = replayer.input_over(Layout.of(buffer), self._chain(storage, buffer), False)
-
-
-def _loader(piece: Piece) -> Callable[[], Tensor]:
-    return lambda: piece.layout.over(piece.stored.peek().view(piece.layout.dtype))
 
 
 def _never(value: Any) -> Tensor:

@@ -82,10 +82,11 @@ class OpTemplate:
 
 @dataclass(frozen=True)
 class Pack:
-    """One saved tensor: the value, and which of the call's saved storages it is (-1: parameter, buffer or input)."""
+    """One saved tensor: the value, and which of the call's saved storages, or saved inputs, it is (-1: none)."""
 
     value: Value
     saved: int
+    input: int = -1
 
 
 @dataclass
@@ -94,7 +95,9 @@ class Template:
 
     Attributes:
         ops, kinds, sizes: the operations, and each storage's origin and bytes.
-        packs: the saved tensors; ``saved`` are the distinct saved storages, in order of first pack.
+        packs: the saved tensors; ``saved`` are the distinct saved storages, in order of first pack, without parameters,
+            buffers and the block's inputs; ``saved_inputs`` the same for its inputs.
+        arguments: how many tensors the arguments held, and the places of those that the call read.
         versions: how often each storage was written.
         outside_names: for storages that are buffers or inputs, where they hang: ("buffer", path) or ("input", n).
         opaque: a reason why values cannot be told apart; the block is then replayed as a whole.
@@ -106,6 +109,8 @@ class Template:
     sizes: list[int] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
+    saved_inputs: list[int] = field(default_factory=list)
+    arguments: tuple[int, frozenset[int]] = (0, frozenset())
     versions: list[int] = field(default_factory=list)
     outside_names: dict[int, tuple[str, Any]] = field(default_factory=dict)
     opaque: str | None = None

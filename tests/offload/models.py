@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,7 +116,7 @@ class Case:
 
 
 class Llama(nn.Module):
-    """Two Llama layers of transformers, with grouped-query attention and attention dropout."""
+    """Two Llama layers of transformers, with grouped-query attention, attention dropout and a cache (the default)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,6 @@ class Llama(nn.Module):
             num_attention_heads=4,
             num_key_value_heads=2,
             attention_dropout=0.1,
-            use_cache=False,
         )
         self.model = LlamaForCausalLM(config).train()
 
@@ -139,7 +138,7 @@ class Llama(nn.Module):
 
 
 class T5(nn.Module):
-    """An encoder and a decoder of two T5 blocks each, with dropout."""
+    """An encoder and a decoder of two T5 blocks each, with dropout; the decoder fills a cache, as is the default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +154,6 @@ class T5(nn.Module):
             num_heads=4,
             dropout_rate=0.1,
             decoder_start_token_id=0,
-            use_cache=False,
         )
         self.model = T5ForConditionalGeneration(config).train()
 
@@ -233,6 +231,33 @@ def mixture(
         )
         for key, t in found.items()
     }
+
+
+def parted(plan: Any, found: dict[tuple[str, int], Any], seed: int) -> Any:
+    """The plan with half of its swaps split into a swapped and a kept share, and half of the saved inputs swapped."""
+    draw = random.Random(seed)
+
+    def split(action: StorageAction) -> list[StorageAction]:
+        if action.action is not Action.SWAP or draw.random() < 0.5:
+            return [action]
+        share = draw.choice((0.25, 0.5, 0.75, 0.9))
+        return [replace(action, fraction=share), replace(action, action=Action.KEEP, fraction=1 - share)]
+
+    def inputs(key: tuple[str, int]) -> list[StorageAction]:
+        sizes = [found[key].sizes[s] for s in found[key].saved_inputs]
+        return [StorageAction(n, size, Action.SWAP) for n, size in enumerate(sizes) if draw.random() < 0.5]
+
+    return SimpleNamespace(
+        blocks=tuple(
+            replace(
+                block,
+                actions=tuple(part for action in block.actions for part in split(action)),
+                inputs=tuple(part for action in inputs((block.path, block.call)) for part in split(action)),
+            )
+            for block in plan.blocks
+        ),
+        swap_tier=plan.swap_tier,
+    )
 
 
 def everything(found: dict[tuple[str, int], Any], action: Action) -> dict[tuple[str, int], tuple[StorageAction, ...]]:

@@ -7,7 +7,7 @@ import torch
 
 from memopt.offload import apply
 from memopt.planner.values import Action
-from tests.offload.models import CASES, everything, make_plan, mixture, run, same, step_loss, templates
+from tests.offload.models import CASES, everything, make_plan, mixture, parted, run, same, step_loss, templates
 
 EXACT = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
 
@@ -41,8 +41,8 @@ def test_random_mixtures(name: str) -> None:
     case, model, start, batches, expected, found = _prepared(name)
     for seed in range(12):
         model.load_state_dict(start)
-        tier = "disk" if seed % 3 == 0 else "host"
-        with apply(model, make_plan(case, mixture(found, seed, EXACT), tier)) as handle:
+        plan = make_plan(case, mixture(found, seed, EXACT), "disk" if seed % 3 == 0 else "host")
+        with apply(model, parted(plan, found, seed) if seed % 2 else plan) as handle:
             assert same(run(case, model, batches), expected), seed
             assert handle.counts.whole == 0, handle.counts.reasons
 
@@ -63,7 +63,7 @@ def test_two_hundred_mixtures(name: str) -> None:
         seen = []
         for n in range(40):
             plan = make_plan(case, mixture(found, 100 + n, EXACT) if planned else {})
-            with apply(model, plan) as handle:
+            with apply(model, parted(plan, found, n) if planned and n % 4 == 3 else plan) as handle:
                 loss = step_loss(case, model, batches[n // 2])
                 loss.backward()
             assert handle.counts.whole == 0, handle.counts.reasons

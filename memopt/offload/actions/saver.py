@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from memopt.offload.handles import Kept
+
 if TYPE_CHECKING:
     from memopt.offload.calls import Call
 
@@ -26,3 +28,7 @@ class Saver:
     def save(self, call: Call, number: int, tensor: Tensor) -> Any:
         """What autograd holds for the call's ``number``-th saved tensor; it has ``unpack()``."""
         raise NotImplementedError
+
+    def save_input(self, call: Call, tensor: Tensor) -> Any:
+        """The same for a tensor over one of the block's inputs, which others may hold too; by default it is kept."""
+        return Kept(tensor, call.where)

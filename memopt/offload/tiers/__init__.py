@@ -6,9 +6,9 @@ import os
 from importlib import import_module
 from pkgutil import iter_modules
 
-from memopt.offload.tiers.tier import Slot, Tier
+from memopt.offload.tiers.tier import Slot, Tier, first_bytes
 
-__all__ = ["Slot", "Tier", "open_tier"]
+__all__ = ["Slot", "Tier", "first_bytes", "open_tier"]
 
 _NAMES = frozenset(module.name for module in iter_modules(__path__)) - {"tier"}
 

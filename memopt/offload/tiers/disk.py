@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from memopt.offload.errors import SwapError
-from memopt.offload.tiers.tier import Slot, Tier
+from memopt.offload.tiers.tier import Slot, Tier, first_bytes
 
 PREFIX = "memopt-swap-"
 _ALIGNMENT = 4096
@@ -30,39 +30,39 @@ _ALIGNMENT = 4096
 class DiskSlot(Slot):
     """An extent of the scratch file."""
 
-    def __init__(self, tier: DiskTier, tensor: Tensor) -> None:
+    def __init__(self, tier: DiskTier, tensor: Tensor, moved_bytes: int | None) -> None:
+        super().__init__(tensor, moved_bytes)
+        self._tier = tier
+        self._offset, self._length = tier.allocate(self.moved_bytes)
         storage = tensor.untyped_storage()
-        self._tier, self._device, self._bytes = tier, tensor.device, storage.nbytes()
-        self._offset, self._length = tier.allocate(self._bytes)
         try:
             if storage.device.type == "cpu":
-                tier.write(self._offset, storage.data_ptr(), self._bytes)
+                tier.write(self._offset, storage.data_ptr(), self.moved_bytes)
             else:
-                copy = torch.UntypedStorage(self._bytes)  # type: ignore[no-untyped-call]
-                copy.copy_(storage)
-                tier.write(self._offset, copy.data_ptr(), self._bytes)
+                copy = first_bytes(tensor, self.moved_bytes).to("cpu")
+                tier.write(self._offset, copy.data_ptr(), self.moved_bytes)
         except BaseException:
             tier.free(self._offset, self._length)
             del self._length
             raise
-        tier.held_bytes += self._bytes
-        tier.moved_bytes += self._bytes
+        tier.held_bytes += self.moved_bytes
+        tier.moved_bytes += self.moved_bytes
 
     def get(self) -> Tensor:
         """A new tensor of the bytes, read from the file."""
-        flat = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        if self._device.type == "cpu":
-            self._tier.read(self._offset, flat.data_ptr(), self._bytes)
+        flat = self.empty()
+        if self.device.type == "cpu":
+            self._tier.read(self._offset, flat.data_ptr(), self.moved_bytes)
         else:
-            copy = torch.UntypedStorage(self._bytes)  # type: ignore[no-untyped-call]
-            self._tier.read(self._offset, copy.data_ptr(), self._bytes)
-            flat.untyped_storage().copy_(copy)
+            copy = torch.empty(self.moved_bytes, dtype=torch.uint8)
+            self._tier.read(self._offset, copy.data_ptr(), self.moved_bytes)
+            flat[: self.moved_bytes].copy_(copy)
         return flat
 
     def __del__(self) -> None:
         if hasattr(self, "_length"):
             self._tier.free(self._offset, self._length)
-            self._tier.held_bytes -= self._bytes
+            self._tier.held_bytes -= self.moved_bytes
 
 
 class DiskTier(Tier):
@@ -90,9 +90,9 @@ class DiskTier(Tier):
         self._free: list[tuple[int, int]] = []
         self._end = 0
 
-    def put(self, tensor: Tensor) -> Slot:
+    def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
         """Write the storage."""
-        return DiskSlot(self, tensor)
+        return DiskSlot(self, tensor, moved_bytes)
 
     def allocate(self, size: int) -> tuple[int, int]:
         """The first free extent that is long enough, or new space at the end: (offset, length).

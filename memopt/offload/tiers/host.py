@@ -18,28 +18,29 @@ from memopt.offload.tiers.tier import Slot, Tier
 class HostSlot(Slot):
     """Bytes in main memory."""
 
-    def __init__(self, tier: HostTier, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._tier, self._device, self._bytes = tier, tensor.device, storage.nbytes()
-        if tier.limit_bytes is not None and tier.held_bytes + self._bytes > tier.limit_bytes:
+    def __init__(self, tier: HostTier, tensor: Tensor, moved_bytes: int | None) -> None:
+        super().__init__(tensor, moved_bytes)
+        self._tier = tier
+        if tier.limit_bytes is not None and tier.held_bytes + self.moved_bytes > tier.limit_bytes:
             raise SwapError(
-                f"swap tier host: {tier.held_bytes} bytes are held and {self._bytes} more would exceed its limit of "
-                f"{tier.limit_bytes} bytes; raise the limit, or plan with less swapping or with the disk tier"
+                f"swap tier host: {tier.held_bytes} bytes are held and {self.moved_bytes} more would exceed its limit "
+                f"of {tier.limit_bytes} bytes; raise the limit, or plan with less swapping or with the disk tier"
             )
-        self._copy = torch.UntypedStorage(self._bytes)  # type: ignore[no-untyped-call]
-        self._copy.copy_(storage)
-        tier.held_bytes += self._bytes
-        tier.moved_bytes += self._bytes
+        self._copy = torch.UntypedStorage(self.moved_bytes)  # type: ignore[no-untyped-call]
+        # Bare storages: a meter would count a tensor as memory of the device.
+        self._copy.copy_(tensor.untyped_storage()[: self.moved_bytes])
+        tier.held_bytes += self.moved_bytes
+        tier.moved_bytes += self.moved_bytes
 
     def get(self) -> Tensor:
         """A new tensor of the bytes."""
-        flat = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        flat.untyped_storage().copy_(self._copy)
+        flat = self.empty()
+        flat.untyped_storage()[: self.moved_bytes].copy_(self._copy)
         return flat
 
     def __del__(self) -> None:
         if hasattr(self, "_copy"):
-            self._tier.held_bytes -= self._bytes
+            self._tier.held_bytes -= self.moved_bytes
 
 
 class HostTier(Tier):
@@ -48,9 +49,9 @@ class HostTier(Tier):
     def __init__(self, limit_bytes: int | None) -> None:
         self.limit_bytes = limit_bytes
 
-    def put(self, tensor: Tensor) -> Slot:
+    def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
         """Copy the storage."""
-        return HostSlot(self, tensor)
+        return HostSlot(self, tensor, moved_bytes)
 
 
 def open_tier(folder: str | os.PathLike[str] | None, limit_bytes: int | None) -> Tier:

@@ -13,7 +13,7 @@ from memopt.offload.tiers.tier import Slot, Tier
 class NoTier(Tier):
     """Refuses everything."""
 
-    def put(self, tensor: Tensor) -> Slot:
+    def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
         """Never possible."""
         raise SwapError("the plan swaps a storage but names no swap tier; plan with swap_tier 'host' or 'disk'")
 

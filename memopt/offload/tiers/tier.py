@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 class Slot:
-    """One storage's bytes in a tier; freed when nobody refers to it any more."""
+    """The first bytes of a storage, or all of them, in a tier; freed when nobody refers to it any more.
+
+    Attributes:
+        storage_bytes, moved_bytes: of the storage, and of what is here.
+        device: where the storage lies.
+    """
+
+    def __init__(self, tensor: Tensor, moved_bytes: int | None) -> None:
+        self.storage_bytes, self.device = tensor.untyped_storage().nbytes(), tensor.device
+        self.moved_bytes = self.storage_bytes if moved_bytes is None else moved_bytes
+
+    def empty(self) -> Tensor:
+        """A new flat uint8 tensor of the storage's bytes, on its device."""
+        return torch.empty(self.storage_bytes, dtype=torch.uint8, device=self.device)
 
     def get(self) -> Tensor:
-        """A new flat uint8 tensor of the bytes, on the device that they came from."""
+        """A new flat uint8 tensor of the storage's bytes, on its device; only those that are here are filled in."""
         raise NotImplementedError
 
 
@@ -26,9 +40,14 @@ class Tier:
     moved_bytes = 0
     stall_seconds = 0.0
 
-    def put(self, tensor: Tensor) -> Slot:
-        """Take a copy of the tensor's whole storage; the storage may be freed as soon as this returns."""
+    def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
+        """Take a copy of the tensor's whole storage, or of its first bytes; it may be freed as soon as this returns."""
         raise NotImplementedError
 
     def new_step(self) -> None:
         """A training step begins."""
+
+
+def first_bytes(tensor: Tensor, count: int) -> Tensor:
+    """The first bytes of a tensor's storage, without a copy."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), 0, (count,), (1,))
