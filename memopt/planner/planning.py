@@ -14,7 +14,8 @@ from memopt.planner.policy.solving import GAP
 from memopt.planner.problem import Choice, Problem, Rates
 from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.replaying import is_steady
-from memopt.planner.simulating import Simulation, simulate
+from memopt.planner.simulated import Simulation
+from memopt.planner.simulating import simulate
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
 from memopt.planner.validating import validate
 from memopt.planner.values import Action, BlockPlan, Category, SavedStorage, Status, StorageAction, Trace

@@ -21,14 +21,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import pairwise
 
 from memopt.planner.compression import compressed_bytes
 from memopt.planner.fates import Fate
-from memopt.planner.plan_file import Timeline
 from memopt.planner.problem import Rates
 from memopt.planner.replay_model import ReplayModel
+from memopt.planner.simulated import Simulation
 from memopt.planner.values import (
     Action,
     Block,
@@ -36,50 +34,10 @@ from memopt.planner.values import (
     Category,
     Op,
     SavedStorage,
+    Storage,
     StorageAction,
     Trace,
 )
-
-
-@dataclass
-class Simulation:
-    """What happened: bytes at the peak and over time, seconds by what they were spent on, bytes swapped."""
-
-    broken: str | None = None
-    peak_bytes: int = 0
-    peak_at: str = ""
-    peak_index: int = 0
-    by_category: dict[str, int] = field(default_factory=dict)
-    compute_seconds: float = 0.0
-    recompute_seconds: float = 0.0
-    stall_seconds: float = 0.0
-    compression_seconds: float = 0.0
-    swapped_bytes: int = 0
-    host_bytes: int = 0
-    moments: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
-
-    @property
-    def step_seconds(self) -> float:
-        """All seconds of the step."""
-        return self.compute_seconds + self.recompute_seconds + self.stall_seconds + self.compression_seconds
-
-    @property
-    def timeline(self) -> Timeline:
-        """Bytes by category over time, thinned to at most 2000 moments that keep every local peak's height."""
-        chosen = thin(self.moments, 2000)
-        names = [category.value for category in Category]
-        return Timeline(
-            tuple(seconds for seconds, _ in chosen),
-            {name: tuple(sizes[n] for _, sizes in chosen) for n, name in enumerate(names)},
-        )
-
-
-def thin(moments: list[tuple[float, tuple[int, ...]]], most: int) -> list[tuple[float, tuple[int, ...]]]:
-    """At most ``most`` of the moments, out of each stretch the fullest."""
-    if len(moments) <= most:
-        return moments
-    edges = [len(moments) * n // most for n in range(most + 1)]
-    return [max(moments[a:b], key=lambda m: sum(m[1])) for a, b in pairwise(edges)]
 
 
 def simulate(trace: Trace, plans: Iterable[BlockPlan], rates: Rates) -> Simulation:
@@ -97,6 +55,7 @@ class _Player:
         self.trace, self.rates, self.found = trace, rates, Simulation()
         self.storages = {storage.id: storage for storage in trace.storages}
         self.held: dict[tuple[str, int], int] = {}
+        self.since: dict[tuple[str, int], int] = {}
         self.by_category = dict.fromkeys(Category, 0)
         self.clock = self.out_free = self.in_free = 0.0
         self.away_bytes = 0
@@ -193,6 +152,8 @@ class _Player:
             spent = seconds(op.flops, op.bytes_read + op.bytes_written)
             self.clock += spent
             self.found.compute_seconds += spent
+        for key in list(self.held):
+            self._drop(key)
         return self.found
 
     def _release(self, dying: list[int], leaving: list[int]) -> None:
@@ -330,11 +291,23 @@ class _Player:
         self._resize(key, storage, self.storages[storage].bytes if size is None else size)
 
     def _resize(self, key: tuple[str, int], storage: int, size: int) -> None:
-        self.by_category[self.storages[storage].category] += size - self.held.get(key, 0)
+        before, now = self.held.get(key, 0), len(self.found.moments)
+        if size == before:
+            return
+        self.by_category[self.storages[storage].category] += size - before
+        if before and self.since[key] < now:
+            self.found.allocations.append(self._allocation(key, before, now))
+        self.since[key] = now
         if size:
             self.held[key] = size
         else:
             self.held.pop(key, None)
+
+    def _allocation(self, key: tuple[str, int], size: int, stop: int) -> Storage:
+        storage = self.storages[key[1]]
+        name = storage.name if key[0] == "storage" else f"{storage.name}, {key[0]}"
+        number = len(self.found.allocations)
+        return Storage(number, size, storage.category, self.since[key], stop, storage.producer, name)
 
     def _drop(self, key: tuple[str, int]) -> None:
         self._resize(key, key[1], 0)

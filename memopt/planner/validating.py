@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from memopt.planner.plan_file import Plan, Timeline, model_signature
 from memopt.planner.rates import HardwareLike, rates_of
-from memopt.planner.simulating import Simulation, simulate
+from memopt.planner.simulated import Simulation
+from memopt.planner.simulating import simulate
 from memopt.planner.values import Action, BlockPlan, Phase, SavedStorage, StorageAction, Trace
 
 

@@ -217,3 +217,13 @@ def test_of_a_storage_swapped_in_part_the_rest_waits_in_a_buffer_of_its_own() ->
     down = next(op.index for op in trace.ops if op.name == "down")  # what follows the last use in forward
     assert sum(after[down][1]) == sum(before[down][1]) - 1024 + size - moved, "both are there, before down's output"
     assert sum(after[down + 1][1]) == sum(before[down][1]) - moved
+
+
+@pytest.mark.parametrize("rates", [CPU, GPU], ids=lambda r: r.name)
+def test_allocations_are_what_the_timeline_counts(rates: Rates) -> None:
+    trace = transformer(4, unit=1024)
+    smallest = plan(trace, int(trace.peak_bytes * 0.3), rates).smallest_budget_bytes
+    played = simulate(trace, plan(trace, smallest, rates).blocks, rates)
+    for moment, (_, sizes) in enumerate(played.moments):
+        live = sum(s.bytes for s in played.allocations if s.birth <= moment < s.death)
+        assert live == sum(sizes)

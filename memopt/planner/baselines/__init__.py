@@ -9,7 +9,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from memopt.planner.rates import HardwareLike, rates_of
-from memopt.planner.simulating import Simulation, simulate
+from memopt.planner.simulated import Simulation
+from memopt.planner.simulating import simulate
 from memopt.planner.units import parse_bytes
 from memopt.planner.values import BlockPlan, Trace
 
