@@ -29,6 +29,9 @@ _SECONDS = 120.0
 _LOCK = threading.RLock()
 _LOADED: dict[str, ctypes.CDLL | None] = {}
 _WARNED: set[str] = set()
+_FORKED = threading.Event()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_FORKED.set)
 
 
 def build(name: str, source: str, flags: Sequence[str] = (), *, openmp: bool = True) -> ctypes.CDLL | None:
@@ -145,8 +148,11 @@ def cpu_identity() -> str:
 
 
 def threads() -> int:
-    """How many OpenMP threads a native kernel should use now: as many as torch does."""
-    return torch.get_num_threads()
+    """How many OpenMP threads a native kernel should use now: as many as torch does; one in a forked process.
+
+    A fork copies no threads, and the OpenMP library of GCC waits forever for those that it had started before.
+    """
+    return 1 if _FORKED.is_set() else torch.get_num_threads()
 
 
 def _warn(key: str, text: str) -> None:
