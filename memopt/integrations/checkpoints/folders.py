@@ -1,0 +1,79 @@
+"""Checkpoint folders: named by step, complete or not there.
+
+``step-000000100`` is complete. What is being written is ``.step-000000100.partial``: it gets its name by one rename,
+after everything in it has reached the disk. What is replaced or deleted leaves its name by one rename, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+NAME = re.compile(r"step-(\d{9,})")
+PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}"
+
+
+def partial_of(folder: Path, step: int) -> Path:
+    return folder / f".step-{step:09d}{PARTIAL}"
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints, in ascending order; none where the folder does not exist."""
+    if not folder.is_dir():
+        return []
+    found = (NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a folder, or None."""
+    found = steps(Path(folder))
+    return path_of(Path(folder), found[-1]) if found else None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(folder: Path, step: int, keep: int) -> None:
+    """Give what was written for a step its name, then delete all but the newest ``keep`` checkpoints.
+
+    The files in it must have reached the disk. A checkpoint of the same step (of a run that went on from an earlier
+    one) is replaced. Cut off anywhere, this leaves complete checkpoints under their names and :func:`sweep` the rest.
+    """
+    partial, path = partial_of(folder, step), path_of(folder, step)
+    sync(partial)
+    replaced = folder / f".{path.name}{REPLACED}"
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    others = [other for other in steps(folder) if other != step]
+    for old in others[: max(0, len(others) - keep + 1)]:
+        gone = folder / f".{path_of(folder, old).name}{DELETED}"
+        path_of(folder, old).rename(gone)
+        shutil.rmtree(gone)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what a killed run left, but bring back a checkpoint that it had not replaced yet."""
+    for path in folder.iterdir():
+        name = NAME.fullmatch(path.stem.removeprefix("."))
+        if not name or not path.name.startswith("."):
+            continue
+        if path.suffix == REPLACED and not path_of(folder, int(name[1])).exists():
+            path.rename(path_of(folder, int(name[1])))
+        elif path.suffix in (PARTIAL, REPLACED, DELETED):
+            shutil.rmtree(path)

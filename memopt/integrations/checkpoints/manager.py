@@ -1,0 +1,287 @@
+"""``Checkpoints``: save while training goes on, find the newest complete checkpoint, continue bitwise."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+from torch.optim import Optimizer
+
+from memopt.integrations.checkpoints import folders, restoring
+from memopt.integrations.checkpoints.staging import HostCopies, PartPlanner
+from memopt.integrations.checkpoints.trees import take_apart
+from memopt.integrations.checkpoints.writer import CheckpointWriter
+from memopt.optim import sharding
+
+VERSION = 1
+
+
+@dataclass
+class Saving:
+    """A save under way.
+
+    Attributes:
+        step: the step it is named after.
+        path: where it will be, and is once it is complete.
+        stall_seconds: how long it has kept the caller: waiting for the save before, and copying to the host.
+    """
+
+    step: int
+    path: Path
+    stall_seconds: float
+    _written: Future[Any]
+
+    def done(self) -> bool:
+        """Whether it is complete on the disk, or has failed."""
+        return self._written.done()
+
+    def wait(self) -> Path:
+        """Wait until it is complete on the disk.
+
+        Raises:
+            RuntimeError: it failed, for example because the disk is full; earlier checkpoints are as they were.
+        """
+        try:
+            self._written.result()
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            raise RuntimeError(f"the checkpoint of step {self.step} could not be written to {self.path}") from error
+        return self.path
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint held beside tensors: the step it was saved at, and this rank's ``extra``."""
+
+    step: int
+    extra: Any
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own.
+
+    ``save`` copies weights and states to the host (on CUDA through pinned memory), and returns; a thread writes the
+    copies through torch.distributed.checkpoint while training goes on. A checkpoint appears under its name by one
+    rename after all its files have reached the disk, so a run killed at any moment leaves only complete ones.
+
+    With several ranks every rank must make the object and call its methods, in the same order, and the folder must be
+    shared; ranks write their own rows of the same files, and another number of ranks can load them. The threads talk
+    over a gloo group of their own.
+
+    Args:
+        folder: made if missing; one run at a time may write to it.
+        keep: how many complete checkpoints to leave, the newest.
+        overlap: copy the weights and states of a CPU run in a thread too, while the next forward and backward run; the
+            optimizer's next step waits for it. Only for loops that change weights nowhere but in ``optimizer.step``.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
+
+    Memory: one copy of what is saved, in host memory, from the first save to ``close``.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, overlap: bool = False) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least the newest checkpoint has to stay; give 1 or more")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.overlap = overlap
+        self._group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
+        self._rank = dist.get_rank() if self._group is not None else 0
+        self._copies = HostCopies()
+        self._saving: Saving | None = None
+        if self._rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            folders.sweep(self.folder)
+        if self._group is not None:
+            dist.barrier(self._group)
+        else:  # one process is what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, in ascending order."""
+        return folders.steps(self.folder)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        extra: Any = None,
+        blocking: bool = False,
+    ) -> Saving:
+        """Save a model, its optimizer and this process's random state; returns as soon as all is copied to the host.
+
+        A save still under way is waited for first. Training may go on at once.
+
+        Args:
+            step: names the checkpoint; a complete one of the same step is replaced.
+            model: as trained; DDP's and torch.compile's wrappers leave no trace in the names of the weights.
+            optimizer: any torch optimizer.
+            extra: what else the loop needs, each rank its own: plain values, containers of them, and tensors.
+            blocking: wait until the checkpoint is complete.
+
+        Raises:
+            RuntimeError: the save before this one failed.
+            TypeError: ``extra`` or the state dicts hold something that could not be loaded without running code.
+            ValueError: a step below 0; or ``overlap`` with an optimizer that updates inside backward.
+        """
+        began = time.perf_counter()
+        if step < 0:
+            raise ValueError(f"step={step}: give a whole number from 0 up")
+        if self.overlap and getattr(optimizer, "_released", None) is not None:
+            raise ValueError(
+                "overlap=True, but the optimizer updates inside backward (release_gradients): leave it off"
+            )
+        self.wait()
+        weights, model_rest = take_apart(restoring.unwrapped(model).state_dict())
+        tied = restoring.tied_names(restoring.unwrapped(model))
+        states, optimizer_rest = take_apart(optimizer.state_dict() if optimizer is not None else None)
+        rest = {
+            "version": VERSION,
+            "step": step,
+            "model": model_rest,
+            "optimizer": optimizer_rest,
+            "extra": extra,
+            "random": restoring.random_state(),
+        }
+        writer = CheckpointWriter(
+            folder=self.folder,
+            step=step,
+            keep=self.keep,
+            rank=self._rank,
+            rank_bytes=_plain_bytes(rest),
+            notes={"model": {"format": "pt", "tied": json.dumps(tied)}, "optimizer": {"format": "pt"}},
+        )
+        tensors = {f"model/{name}": t for name, t in weights.items() if name not in tied}
+        tensors |= {f"optimizer/{name}": t for name, t in states.items()}
+        later = _changed_by(optimizer, tensors) if self.overlap and optimizer is not None else frozenset()
+        self._copies.later = later
+        response = async_save(
+            tensors,
+            storage_writer=writer,
+            planner=PartPlanner(),
+            process_group=self._group,
+            async_stager=self._copies,
+            no_dist=self._group is None,
+        )
+        written = response.upload_completion if isinstance(response, AsyncSaveResponse) else response
+        saving = Saving(step, folders.path_of(self.folder, step), 0.0, written)
+        if later and optimizer is not None:
+            _wait_in_next_step(optimizer, saving, self._copies)
+        saving.stall_seconds += time.perf_counter() - began
+        self._saving = saving
+        if blocking:
+            self.wait()
+        return saving
+
+    def load(self, model: nn.Module, optimizer: Optimizer | None = None, *, step: int | None = None) -> Loaded | None:
+        """Continue from a checkpoint: weights, states and, on as many ranks as saved it, random states.
+
+        Args:
+            model: takes the weights, whatever way it is sharded now.
+            optimizer: takes the states; on ordinary parameters memopt's optimizers also take torch's of their rule.
+            step: which checkpoint; the newest by default. Going back to an earlier one leaves later ones in place.
+
+        Returns:
+            The step and this rank's ``extra`` (the first rank's where more ranks load than saved), or None where
+            there is no checkpoint yet.
+
+        Raises:
+            FileNotFoundError: ``step`` names no complete checkpoint.
+            ValueError: the checkpoint is damaged, or of another model or optimizer: the message says what differs.
+                Names, shapes and types are checked before anything is changed.
+        """
+        self.wait()
+        found = self.steps()
+        if step is None and not found:
+            return None
+        chosen = found[-1] if step is None else step
+        if chosen not in found:
+            raise FileNotFoundError(f"{self.folder} has no complete checkpoint of step {chosen}; it has {found}")
+        rest = restoring.restore(folders.path_of(self.folder, chosen), self._rank, VERSION, model, optimizer)
+        if self._group is not None:
+            dist.barrier(self._group)
+        return Loaded(rest["step"], rest["extra"])
+
+    def wait(self) -> None:
+        """Wait until the save under way, if any, is complete.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.wait()
+
+    def close(self) -> None:
+        """Wait for the save under way and give the host memory back."""
+        try:
+            self.wait()
+        finally:
+            self._copies.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _changed_by(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """Names of the tensors that only the optimizer's step changes: its parameters and states."""
+    params = {sharding.local_of(p).data_ptr() for group in optimizer.param_groups for p in group["params"]}
+
+    def changed(name: str, tensor: Tensor) -> bool:
+        return name.startswith("optimizer/") or sharding.local_of(tensor).data_ptr() in params
+
+    return frozenset(name for name, tensor in tensors.items() if changed(name, tensor))
+
+
+def _wait_in_next_step(optimizer: Optimizer, saving: Saving, copies: HostCopies) -> None:
+    """Let the optimizer's next step begin when all is copied."""
+    copied = copies.copied
+
+    def wait(*_: Any) -> None:
+        hook.remove()
+        began = time.perf_counter()
+        if copied is not None:
+            copied.result()
+        saving.stall_seconds += time.perf_counter() - began
+
+    hook = optimizer.register_step_pre_hook(wait)
+
+
+def _plain_bytes(rest: Mapping[str, Any]) -> bytes:
+    """Plain values as bytes that load without running code.
+
+    Raises:
+        TypeError: something in them would not.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(rest, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            "the checkpoint would hold something other than plain values, containers and tensors, which cannot be "
+            f"loaded without running code: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return buffer.getvalue()
