@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console, RenderableType
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 NOTHING_FITS = 2
 BAD_INPUT = 1
@@ -33,6 +36,16 @@ def main() -> None:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.stderr.write(f"memopt: {' '.join(str(error).split())}\n")
         raise SystemExit(BAD_INPUT) from error
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """On a terminal: what is being done and for how long, on stderr, gone when it is over. Gives what changes it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task(text, total=None)
+        yield lambda text: shown.update(task, description=text)
 
 
 @app.callback(invoke_without_command=True)
@@ -69,6 +82,12 @@ def plan_command(
     fit_all: Annotated[
         bool, typer.Option("--fit", help="Also choose optimizer state, gradient release, chunked loss and offload.")
     ] = False,
+    chunked_loss: Annotated[
+        bool, typer.Option("--chunked-loss", help="Count on memopt.linear_cross_entropy: logits by chunks.")
+    ] = False,
+    release_gradients: Annotated[
+        bool, typer.Option("--release-gradients", help="Count on memopt.optim.release_gradients.")
+    ] = False,
     max_seq: Annotated[bool, typer.Option("--max-seq", help="Search for the longest sequence that fits.")] = False,
     max_batch: Annotated[bool, typer.Option("--max-batch", help="Search for the largest batch that fits.")] = False,
     data: Annotated[int, typer.Option(min=1, help="Data-parallel degree.")] = 1,
@@ -84,63 +103,49 @@ def plan_command(
     perfetto: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the timeline as a Perfetto trace.")
     ] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the step for PyTorch's memory viewer.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Say whether a training step fits, and what to keep, swap and recompute so that it does."""
-    from memopt.planner import Degrees, Trace, find_model, fit, largest_that_fits, plan, shard, trace
+    from memopt.plan_command import Asked, answer, write_reports
+    from memopt.planner import Degrees, parse_bytes
     from memopt.planner import hardware as find_hardware
+    from memopt.planner.named_optimizers import check_name
     from memopt.report import terminal
 
     device = find_hardware(hardware)
-    allowed = budget or device.memory_bytes
-    degrees = Degrees(data=data, zero=zero, tensor=tensor, context=context)
-    pages: list[RenderableType] = []
-    with Console(stderr=True).status("tracing one training step", spinner="dots") as status:
-
-        def traced(batch_size: int, tokens: int | None) -> Trace:
-            found = find_model(model, batch=batch_size, tokens=tokens, dtype=dtype)
-            on = "cpu" if device.kind == "cpu" else "cuda"
-            step = trace(found.model, found.inputs, loss_fn=found.loss_fn, optimizer=optimizer, device=on)
-            return shard(replace(step, model=found.name), degrees)
-
-        if max_seq or max_batch:
-            status.update("searching for the largest size that fits")
-            size, best = (
-                largest_that_fits(lambda n: traced(batch, n), allowed, device, step=128)
-                if max_seq
-                else largest_that_fits(lambda n: traced(n, seq), allowed, device)
-            )
-            pages.append(f"Largest {'sequence' if max_seq else 'batch'} that fits: {size}\n")
-            result = best or plan(traced(batch if max_seq else 1, 128 if max_seq else seq), allowed, device)
-        else:
-            step = traced(batch, seq)
-            status.update("deciding what to keep, swap and recompute")
-            if fit_all:
-                choices = fit(step, allowed, device)
-                result = (choices.best or choices.pareto[0]).plan
-                pages.append(terminal.fit_page(choices))
-            else:
-                result = plan(step, budget=allowed, hardware=device)
-    if pipeline_stages is not None:
-        pages.append(terminal.pipeline_page(pipeline_stages, microbatches))
-    if out is not None:
-        result.save(out)
-    runs = {"before": result.timeline_before, "after": result.timeline_after}
-    if html is not None:
-        from memopt.report import write_html
-
-        write_html(html, title=f"{result.model} on {result.hardware}", runs=runs)
-    if perfetto is not None:
-        from memopt.report import write_perfetto
-
-        write_perfetto(perfetto, runs=runs)
+    allowed = parse_bytes(budget) if budget else device.memory_bytes
+    check_name(optimizer)
+    asked = Asked(
+        model=model,
+        device=device,
+        budget=allowed,
+        batch=batch,
+        seq=seq,
+        dtype=dtype,
+        optimizer=optimizer,
+        degrees=Degrees(data=data, zero=zero, tensor=tensor, context=context),
+        changes=("chunked loss",) * chunked_loss + ("gradients released",) * release_gradients,
+        fit=fit_all,
+        search="seq" if max_seq else "batch" if max_batch else None,
+    )
+    with progress("reading") as say:
+        found = answer(asked, say)
+        if out is not None:
+            found.plan.save(out)
+        write_reports(found, device, html, perfetto, snapshot, say)
     if as_json:
         from memopt.planner.strict_json import to_json
 
-        typer.echo(json.dumps(to_json(result)))
+        typer.echo(json.dumps(to_json(found.plan)))
     else:
-        Console().print(*pages, terminal.plan_page(result), sep="\n")
-    if result.status == "infeasible":
+        pages: list[RenderableType] = [*found.pages]
+        if pipeline_stages is not None:
+            pages.append(terminal.pipeline_page(pipeline_stages, microbatches))
+        Console().print(*pages, terminal.plan_page(found.plan, found.cure), sep="\n")
+    if found.plan.status == "infeasible":
         raise typer.Exit(NOTHING_FITS)
 
 
@@ -156,7 +161,7 @@ def place_command(
     from memopt.planner.placement import Outcome, place, read_csv, write_csv
 
     buffers = read_csv(file)
-    with Console(stderr=True).status("searching for offsets", spinner="dots"):
+    with progress("searching for offsets"):
         found = place(buffers, capacity=capacity, time_limit=time_limit)
     if out is not None and found.status is Outcome.PLACED:
         write_csv(out, buffers, found.offsets)

@@ -85,10 +85,12 @@ def release_gradients() -> Change:
 
 
 def chunked_loss() -> Change:
-    """Logits exist one chunk of rows at a time, of at most ``LOSS_CHUNK_BYTES``."""
+    """Logits exist one chunk of rows at a time, so that all there is of them takes at most ``LOSS_CHUNK_BYTES``."""
 
     def apply(trace: Trace) -> Trace:
-        return _resized(trace, lambda s: min(s.bytes, LOSS_CHUNK_BYTES) if s.category is Category.LOGITS else s.bytes)
+        logits = replace(trace, storages=tuple(s for s in trace.storages if s.category is Category.LOGITS))
+        share = min(1.0, LOSS_CHUNK_BYTES / max(1, int(live_bytes(logits).max())))
+        return _resized(trace, lambda s: int(s.bytes * share) if s.category is Category.LOGITS else s.bytes)
 
     return Change("chunked loss", "memopt.linear_cross_entropy or memopt.integrations.fuse_loss(model)", apply)
 
@@ -117,3 +119,23 @@ def one_block_at_a_time() -> Change:
         return _resized(trace, lambda s: s.bytes // share if s.category in held else s.bytes)
 
     return Change("block-coordinate updates", "memopt.optim.BlockCoordinate", apply, changes_training=True)
+
+
+STATES = {"8bit state": 8.125, "4bit state": 4.25}
+"""Bits of each number of optimizer state, scales included, in the formats that a change may take."""
+
+_PLAIN = (chunked_loss, release_gradients, offload_state, one_block_at_a_time)
+
+
+def change(name: str, traced_bits: float = 32.0) -> Change:
+    """A change by its name, for a trace whose optimizer keeps so many bits for each number of state.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name in STATES:
+        return state_bits(name, STATES[name] / traced_bits)
+    known = {one.name: one for one in (make() for make in _PLAIN)}
+    if name not in known:
+        raise ValueError(f"change {name!r} is unknown; choose {', '.join((*known, *STATES))}")
+    return known[name]

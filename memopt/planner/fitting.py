@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from math import inf
 
 from memopt.planner.changes import (
+    STATES,
     Change,
+    change,
     chunked_loss,
     live_bytes,
     offload_state,
     one_block_at_a_time,
     release_gradients,
-    state_bits,
 )
 from memopt.planner.plan_file import Plan
 from memopt.planner.planning import DEFAULT_ACTIONS, check_budget, estimate, plan
@@ -24,7 +25,6 @@ from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.units import BudgetError, parse_bytes
 from memopt.planner.values import Action, Category, Status, Trace
 
-STATES = {"8bit state": 8.125, "4bit state": 4.25}  # bits of each number of optimizer state, scales included
 SAME = 0.01  # combinations whose steps differ by less cost the same: no model of a device tells them apart
 
 
@@ -114,13 +114,13 @@ def estimates(
     check_budget(trace, limit)
     tried: list[Combination] = []
     for combination in _combinations(trace, allow_block_coordinate):
-        names = tuple(change.name for change in combination)
+        names = tuple(one.name for one in combination)
         changed, extra = _changed(trace, rates, combination)
         if extra == inf or any(_settles(one, names, trace, rates, limit) for one in tried):
             continue
         fits, peak, seconds = estimate(changed, limit, rates, actions=allowed)
-        alters = any(change.changes_training for change in combination)
-        how = tuple(change.how for change in combination)
+        alters = any(one.changes_training for one in combination)
+        how = tuple(one.how for one in combination)
         tried.append(Combination(names, fits, peak, seconds + extra, alters, how=how))
     return tuple(tried)
 
@@ -147,9 +147,9 @@ def pareto_front(combinations: Iterable[Combination]) -> tuple[Combination, ...]
 def _changed(trace: Trace, rates: Rates, changes: Iterable[Change]) -> tuple[Trace, float]:
     """The step with some changes made, and the seconds that these add."""
     extra = 0.0
-    for change in changes:
-        extra += change.seconds(trace, rates)
-        trace = change.apply(trace)
+    for one in changes:
+        extra += one.seconds(trace, rates)
+        trace = one.apply(trace)
     return trace, extra
 
 
@@ -166,22 +166,25 @@ def _settles(one: Combination, names: tuple[str, ...], trace: Trace, rates: Rate
 
 
 def _named(trace: Trace, names: Iterable[str]) -> list[Change]:
-    every = {change.name: change for pick in _combinations(trace, True) for change in pick}
-    return [every[name] for name in names]
+    return [change(name, _state_bits(trace)) for name in names]
+
+
+def _state_bits(trace: Trace) -> float:
+    return float(trace.meta.get("state_bits", 32))
 
 
 def _combinations(trace: Trace, allow_block_coordinate: bool) -> list[tuple[Change, ...]]:
     """Every combination, those with fewer changes first."""
     has_state = any(s.category is Category.OPTIMIZER for s in trace.storages)
-    traced = float(trace.meta.get("state_bits", 32))
-    states = [state_bits(name, bits / traced) for name, bits in STATES.items() if bits < traced] if has_state else []
+    traced = _state_bits(trace)
+    states = [change(name, traced) for name, bits in STATES.items() if bits < traced] if has_state else []
     axes: list[list[Change | None]] = [
         [None, chunked_loss()],
         [None, *states, *([offload_state()] if has_state else [])],
         [None, release_gradients()],
         [None, *([one_block_at_a_time()] if allow_block_coordinate else [])],
     ]
-    every = [tuple(change for change in pick if change is not None) for pick in itertools.product(*axes)]
+    every = [tuple(one for one in pick if one is not None) for pick in itertools.product(*axes)]
     return sorted(every, key=lambda pick: (any(c.changes_training for c in pick), len(pick)))
 
 

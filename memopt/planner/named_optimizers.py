@@ -56,6 +56,15 @@ class NamedOptimizer(Optimizer):
         return None
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that stands for no optimizer.
+
+    Raises:
+        ValueError: the message gives the names.
+    """
+    _rule_and_format(name)
+
+
 def _rule_and_format(name: str) -> tuple[int, float]:
     spelled = name.lower().replace("-", "").replace("_", "").replace(" ", "")
     for rule in sorted(_MOMENTS, key=len, reverse=True):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 _depth = 0
 
 
-@contextmanager
-def restoring() -> Iterator[None]:
-    """Inside, storages that backward allocates are activations: fetched, decompressed or recomputed ones."""
-    global _depth
-    _depth += 1
-    try:
-        yield
-    finally:
+class restoring:  # noqa: N801
+    """Inside, storages that backward allocates are activations: fetched, decompressed or recomputed ones.
+
+    A class, because it is entered for every saved tensor: a generator's context costs more than what it does.
+    """
+
+    def __enter__(self) -> None:
+        global _depth
+        _depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _depth
         _depth -= 1
 
 

@@ -14,21 +14,22 @@ from memopt.planner import format_bytes, schedule_table
 from memopt.planner.values import Action, BlockPlan
 
 if TYPE_CHECKING:
-    from memopt.planner import Fit, Placement, Plan
+    from memopt.planner import Combination, Fit, Placement, Plan
 
 BAR_CELLS = 40
 
 
-def plan_page(plan: Plan) -> Group:
+def plan_page(plan: Plan, cure: Combination | None = None) -> Group:
     """The page that ``memopt plan`` prints.
 
     Args:
         plan: any plan, also one that found that nothing fits.
+        cure: what to change where nothing fits.
 
     Returns:
         A rich group: verdict, peak by category, seconds, blocks, and what to change.
     """
-    return Group(_verdict(plan), "", _peak(plan), "", _seconds(plan), *_blocks(plan), "", _advice(plan))
+    return Group(_verdict(plan), "", _peak(plan), "", _seconds(plan), *_blocks(plan), "", _advice(plan, cure))
 
 
 def format_seconds(seconds: float) -> str:
@@ -80,42 +81,62 @@ def _seconds(plan: Plan) -> Table:
     return table
 
 
-def _describe(block: BlockPlan) -> str:
-    """The actions of a block as counts and bytes, in the order keep, swap, recompute, compress."""
+def _moved(block: BlockPlan) -> Counter[Action]:
+    """Bytes by action, block inputs among them."""
     sizes: Counter[Action] = Counter()
-    counts: Counter[Action] = Counter()
-    for action in block.actions:
-        sizes[action.action] += action.bytes
-        counts[action.action] += 1
-    return (
-        ", ".join(f"{a.value} {counts[a]} ({format_bytes(sizes[a])})" for a in Action if counts[a]) or "nothing saved"
-    )
+    for part in (*block.actions, *block.inputs):
+        sizes[part.action] += int(part.bytes * part.fraction)
+    return sizes
+
+
+def _range(values: list[int]) -> str:
+    low, high = format_bytes(min(values)), format_bytes(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _blocks(plan: Plan) -> list[RenderableType]:
+    """One row for each run of blocks that are treated alike: by which actions take more than 1 % of their bytes."""
     if not plan.blocks:
         return []
-    table = Table(title="What happens to the activations", title_justify="left")
+    moved = [_moved(block) for block in plan.blocks]
+    whole = sum(moved, Counter())
+    used = [action for action in Action if whole[action]]
+    totals = ", ".join(f"{action.value} {format_bytes(whole[action])}" for action in used)
+    table = Table(title=f"What happens to the activations: {totals or 'nothing is saved'}", title_justify="left")
     table.add_column("blocks")
-    table.add_column("saved storages")
-    for text, run in groupby(plan.blocks, key=_describe):
-        members = list(run)
-        first, last = members[0].path, members[-1].path
-        table.add_row(first if len(members) == 1 else f"{first} to {last} ({len(members)})", text)
+    for action in used:
+        table.add_column(f"{action.value}, each", justify="right")
+
+    def kind(number: int) -> tuple[bool, ...]:
+        return tuple(moved[number][action] > 0.01 * sum(moved[number].values()) for action in used)
+
+    for _, run in groupby(range(len(moved)), key=kind):
+        numbers = list(run)
+        first, last = plan.blocks[numbers[0]].path, plan.blocks[numbers[-1]].path
+        name = first if len(numbers) == 1 else f"{first} to {last} ({len(numbers)})"
+        table.add_row(name, *(_range([moved[n][action] for n in numbers]) for action in used))
     return ["", table]
 
 
-def _advice(plan: Plan) -> Text:
+def _advice(plan: Plan, cure: Combination | None) -> Text:
     text = Text(f"What binds: {plan.binding}\n")
     if plan.swap_tier != "none" and plan.swapped_bytes:
         text.append(f"Swapped per step: {format_bytes(plan.swapped_bytes)} to {plan.swap_tier}\n")
-    proof = (
-        "proven best of its model" if plan.status == "optimal" else f"at most {plan.gap:.1%} from the best known bound"
-    )
     if plan.status != "infeasible":
+        proof = (
+            "proven best of its model" if plan.status == "optimal" else f"at most {plan.gap:.1%} from the best bound"
+        )
         text.append(f"How: {plan.method}; {proof}; solved in {format_seconds(plan.solve_seconds)}", style="dim")
-    else:
-        text.append("What to change: a larger budget, --fit, or a smaller --batch or --seq")
+        return text
+    if cure is None:
+        text.append("What to change: a larger budget, more devices (--data, --zero, --tensor) or a smaller --seq")
+        return text
+    text.append("What to change: ", style="bold")
+    text.append(f"{' and '.join(cure.changes)}, then it fits at about {format_seconds(cure.step_seconds)} per step")
+    text.append(" (training itself changes)\n" if cure.changes_training else "\n")
+    for name, how in zip(cure.changes, cure.how, strict=True):
+        text.append(f"  {name}: {how}\n")
+    text.append("`--fit` works it out. Or a larger budget, or a smaller --batch or --seq.")
     return text
 
 
@@ -147,12 +168,12 @@ def fit_page(found: Fit) -> Table:
     for heading in ("changes", "peak", "seconds per step", "fits"):
         table.add_column(heading, justify="left" if heading == "changes" else "right")
     for one in found.pareto:
-        fits = one.plan.status != "infeasible"
+        about = "" if one.plan is not None else "about "
         table.add_row(
             ", ".join(one.changes) or "none",
-            format_bytes(one.plan.peak_bytes),
-            format_seconds(one.step_seconds),
-            "yes" if fits else "no",
+            about + format_bytes(one.peak_bytes),
+            about + format_seconds(one.step_seconds),
+            "yes" if one.fits else "no",
             style="bold" if one == found.best else None,
         )
     return table

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from memopt.cli import main
 from memopt.planner import Plan
+from memopt.planner.reference_models import Decoder, DecoderConfig
 
 
 def memopt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -45,36 +50,41 @@ def test_help_of_every_command(command: list[str]) -> None:
     assert "Usage" in result.stdout
 
 
+def small_model() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A GPT-2 of two layers, for ``module:callable``: quick to trace and to plan."""
+    sizes = {"layers": 4, "width": 128, "heads": 2, "vocabulary": 32768, "context": 256, "mlp_width": 512}
+    tokens = torch.empty(8, 256, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        return Decoder(DecoderConfig(**sizes)), {"tokens": tokens, "targets": tokens}
+
+
+SMALL = "tests.facade.test_cli:small_model"
+
+
 def test_plan_that_fits_prints_a_page_and_saves_files(tmp_path: Path) -> None:
-    out, page = tmp_path / "plan.json", tmp_path / "plan.html"
-    result = memopt(
-        "plan", "gpt2", "--budget", "8GiB", "--hardware", "rtx-4090", "--seq", "512", "--out", out, "--html", page
-    )
+    out, page, snapshot = tmp_path / "plan.json", tmp_path / "plan.html", tmp_path / "plan.pickle"
+    files = ("--out", out, "--html", page, "--snapshot", snapshot)
+    result = memopt("plan", SMALL, "--budget", "880MiB", "--hardware", "rtx-4090", *files)
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     assert result.stdout.startswith("FITS")
+    assert "What happens to the activations" in result.stdout
     plan = Plan.load(out)
-    assert plan.peak_bytes <= 8 * 2**30
-    assert "before" in page.read_text()
+    assert plan.peak_bytes <= 880 * 2**20 < plan.baseline_peak_bytes
+    assert page.read_text().count('"boxes":') == 2
+    assert pickle.loads(snapshot.read_bytes())["segments"][0]["total_size"] == plan.peak_bytes
 
 
 def test_plan_that_does_not_fit_says_what_would() -> None:
-    result = memopt("plan", "gpt2", "--budget", "600MiB", "--hardware", "rtx-4090", "--seq", "1024", "--json")
+    result = memopt("plan", SMALL, "--budget", "200MiB", "--hardware", "rtx-4090", "--pipeline-stages", "2")
     assert result.returncode == 2, result.stderr
-    answer = json.loads(result.stdout)
-    assert answer["status"] == "infeasible"
-    again = memopt(
-        "plan",
-        "gpt2",
-        "--budget",
-        str(answer["smallest_budget_bytes"]),
-        "--hardware",
-        "rtx-4090",
-        "--seq",
-        "1024",
-        "--json",
-    )
+    assert "zeropp" in result.stdout
+    assert "DOES NOT FIT" in result.stdout
+    assert "The smallest budget that fits is" in result.stdout
+    assert "What to change: chunked loss" in " ".join(result.stdout.split())
+    again = memopt("plan", SMALL, "--budget", "200MiB", "--hardware", "rtx-4090", "--json", "--chunked-loss")
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["peak_bytes"] <= answer["smallest_budget_bytes"]
+    assert json.loads(again.stdout)["peak_bytes"] <= 200 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -84,16 +94,28 @@ def test_plan_that_does_not_fit_says_what_would() -> None:
         (["plan", "gpt2", "--hardware", "rtx-9999"], ["rtx-9999", "rtx-4090"]),
         (["plan", "gpt2", "--optimizer", "adamw7bit"], ["adamw7bit", "adamw,", "8bit"]),
         (["plan", "gpt2", "--budget", "lots"], ["lots", "24GiB"]),
-        (["plan", "gpt2", "--budget", "10MiB"], ["weights alone"]),
+        (["plan", SMALL, "--budget", "10MiB"], ["weights alone"]),
         (["plan", "gpt2", "--dtype", "int3"], ["int3", "bf16"]),
         (["place", "missing.csv"], ["missing.csv"]),
     ],
     ids=lambda value: "-".join(value)[:40],
 )
-def test_bad_input_is_one_clear_line(arguments: list[str], words: list[str]) -> None:
-    line = one_line(memopt(*arguments))
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["memopt", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
     for word in words:
         assert word in line
+
+
+def test_bad_input_leaves_no_traceback_in_a_process_of_its_own() -> None:
+    assert "missing.csv" in one_line(memopt("place", "missing.csv"))
 
 
 def test_place_reads_and_writes_csv(tmp_path: Path) -> None:

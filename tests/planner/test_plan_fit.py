@@ -25,7 +25,8 @@ def test_changes_change_what_they_say_and_nothing_else() -> None:
     assert inputs == [s.bytes for block in trace.blocks for s in block.saved_inputs]
     assert held(eight, Category.OPTIMIZER) == held(trace, Category.OPTIMIZER) // 4
     logits = [s.bytes for s in chunked_loss().apply(trace).storages if s.category is Category.LOGITS]
-    assert logits == [84 * 2**20, 8, 84 * 2**20]
+    assert sum(logits) == pytest.approx(84 * 2**20, abs=3)
+    assert held(chunked_loss().apply(transformer(2)), Category.LOGITS) == held(transformer(2), Category.LOGITS)
     assert held(offload_state().apply(trace), Category.OPTIMIZER) == 0
     assert offload_state().seconds(trace, GPU) == pytest.approx(2 * held(trace, Category.OPTIMIZER) / 2e9)
     released = release_gradients().apply(trace)

@@ -1,0 +1,144 @@
+"""What ``memopt plan`` does: trace a step, decide, and show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+
+if TYPE_CHECKING:
+    from memopt.planner import BlockPlan, Combination, Degrees, Hardware, Plan, Trace
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for: a model's step, a device, and how much of it may be used.
+
+    ``search`` is "seq" or "batch" where the largest is wanted, ``changes`` are made before anything is decided.
+    """
+
+    model: str
+    device: Hardware
+    budget: int
+    batch: int
+    seq: int | None
+    dtype: str
+    optimizer: str
+    degrees: Degrees
+    changes: tuple[str, ...]
+    fit: bool
+    search: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The plan, the step that it is for, and pages to be shown before its own; ``cure`` is what would make it fit."""
+
+    plan: Plan
+    trace: Trace
+    pages: tuple[RenderableType, ...] = ()
+    cure: Combination | None = None
+
+
+def answer(asked: Asked, say: Say) -> Answer:
+    """Trace and decide; ``say`` is told what is being done."""
+    if asked.search is not None:
+        return _largest(asked, say)
+    say("tracing one training step")
+    step = _traced(asked, asked.batch, asked.seq)
+    return _fitted(asked, step, say) if asked.fit else _planned(asked, step, say)
+
+
+def _traced(asked: Asked, batch: int, seq: int | None) -> Trace:
+    from memopt.planner import find_model, shard, trace
+    from memopt.planner.changes import change
+
+    found = find_model(asked.model, batch=batch, tokens=seq, dtype=asked.dtype)
+    on = "cpu" if asked.device.kind == "cpu" else "cuda"
+    step = trace(found.model, found.inputs, loss_fn=found.loss_fn, optimizer=asked.optimizer, device=on)
+    step = shard(replace(step, model=found.name), asked.degrees)
+    for name in asked.changes:
+        step = change(name).apply(step)
+    return step
+
+
+def _planned(asked: Asked, step: Trace, say: Say) -> Answer:
+    from memopt.planner import plan
+    from memopt.planner.fitting import cheapest, estimates
+
+    say("deciding what to keep, swap and recompute")
+    found = plan(step, asked.budget, asked.device)
+    if found.status != "infeasible":
+        return Answer(found, step)
+    say("nothing fits; looking for what to change")
+    cure = cheapest(estimates(step, asked.budget, asked.device))
+    if cure is None:
+        cure = cheapest(estimates(step, asked.budget, asked.device, allow_block_coordinate=True))
+    return Answer(found, step, cure=cure)
+
+
+def _fitted(asked: Asked, step: Trace, say: Say) -> Answer:
+    from memopt.planner import fit, plan
+    from memopt.planner.changes import change
+    from memopt.report import terminal
+
+    say("estimating every combination of changes")
+    found = fit(step, asked.budget, asked.device)
+    if found.best is None or found.best.plan is None:
+        return Answer(plan(step, asked.budget, asked.device), step, (terminal.fit_page(found),))
+    for name in found.best.changes:
+        step = change(name, float(step.meta.get("state_bits", 32))).apply(step)
+    return Answer(found.best.plan, step, (terminal.fit_page(found),))
+
+
+def _largest(asked: Asked, say: Say) -> Answer:
+    from memopt.planner import largest_that_fits, plan
+
+    say(f"searching for the largest {asked.search} that fits")
+    made: dict[int, Trace] = {}
+
+    def step(size: int) -> Trace:
+        say(f"trying {asked.search} {size}")
+        batch, seq = (asked.batch, size) if asked.search == "seq" else (size, asked.seq)
+        made[size] = _traced(asked, batch, seq)
+        return made[size]
+
+    least = 128 if asked.search == "seq" else 1
+    size, best = largest_that_fits(step, asked.budget, asked.device, step=least)
+    if best is None:
+        return Answer(plan(made[least], asked.budget, asked.device), made[least], ("Not even the smallest fits.\n",))
+    what = "sequence" if asked.search == "seq" else "batch"
+    return Answer(best, made[size], (f"Largest {what} that fits: {size}\n",))
+
+
+def write_reports(
+    found: Answer, device: Hardware, html: Path | None, perfetto: Path | None, snapshot: Path | None, say: Say
+) -> None:
+    """Write the files that were asked for: both timelines, and where every allocation of the step lies."""
+    from memopt.planner.rates import rates_of
+    from memopt.planner.simulating import simulate
+    from memopt.report import Box, boxes_of, write_html, write_perfetto, write_snapshot
+
+    plan, step = found.plan, found.trace
+    runs = {"before": plan.timeline_before, "after": plan.timeline_after}
+    if perfetto is not None:
+        write_perfetto(perfetto, runs=runs)
+    if html is None and snapshot is None:
+        return
+    say("placing every allocation of the step")
+    rates = rates_of(device, step.dtype)
+
+    def boxes(blocks: tuple[BlockPlan, ...]) -> list[Box]:
+        return boxes_of(simulate(step, blocks, rates).allocations)
+
+    after = boxes(plan.blocks)
+    if html is not None:
+        maps = {"before": boxes(()), "after": after}
+        write_html(html, title=f"{plan.model} on {plan.hardware}", runs=runs, maps=maps)
+    if snapshot is not None:
+        write_snapshot(snapshot, after)
