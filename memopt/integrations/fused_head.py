@@ -48,17 +48,18 @@ class LazyHead:
         else:
             weight, bias = base.weight, base.bias
         if type(weight) not in _PLAIN or hasattr(weight, "ds_id"):
-            self._tell(f"its weight is a {'partitioned tensor' if hasattr(weight, 'ds_id') else type(weight).__name__}")
+            self._tell("partitioned by DeepSpeed" if hasattr(weight, "ds_id") else f"a {type(weight).__name__}")
             return None
         if (cast := autocast_dtype(hidden.device)) is not None:
             hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
         fits = hidden.dtype == weight.dtype and hidden.dtype in DTYPES and hidden.shape[-1:] == weight.shape[1:]
         return (hidden, weight, bias) if fits and hidden.device == weight.device else None
 
-    def _tell(self, reason: str) -> None:
+    def _tell(self, what: str) -> None:
         if not self._told:
             self._told = True
-            warnings.warn(f"fuse_loss: the output head makes all logits after all, because {reason}", stacklevel=4)
+            text = f"fuse_loss: the output head makes all logits after all, because its weight is {what}"
+            warnings.warn(text, stacklevel=4)
 
 
 class FusedLoss:
@@ -120,7 +121,8 @@ def fuse_loss(model: nn.Module, *, head: str | nn.Module | None = None, **option
         A handle with ``remove()``; also a context manager. A second call returns the same handle, with new options.
 
     Raises:
-        ValueError: the model has no linear output head, or someone else has replaced its forward; nothing has changed.
+        ValueError: the model has no linear output head, someone else has replaced its forward, or the model is
+            compiled; nothing has changed.
         TypeError: an argument of the wrong type, or an unknown option.
 
     Cost: per step at most ``chunk_bytes`` of logits instead of about four tensors of tokens x vocabulary; a LoRA
@@ -147,13 +149,16 @@ def fuse_loss(model: nn.Module, *, head: str | nn.Module | None = None, **option
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, torch.compile's and PEFT's wrappers."""
+    """The model inside DDP's and PEFT's wrappers."""
     while True:
-        inner: Any = model
+        inner = model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            inner = model._orig_mod
+            raise ValueError(
+                "fuse_loss works in eager mode only: under torch.compile the head makes all logits; give it the model "
+                "before torch.compile, and run that"
+            )
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
             inner = model.get_base_model()  # type: ignore[operator]
         if inner is model:

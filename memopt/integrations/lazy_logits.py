@@ -35,6 +35,17 @@ class Terms:
     scale: float | Tensor = 1.0
     cap: float | None = None
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a loss of these logits has a gradient."""
+        parts = (self.hidden, self.weight, self.bias, self.scale)
+        return any(part.requires_grad for part in parts if isinstance(part, Tensor))
+
+    def detached(self) -> Terms:
+        """The same logits outside of autograd."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
     def with_rows(self, change: Callable[[Tensor], Tensor]) -> Terms:
         """The same logits at other positions: ``change`` must leave the last dimension alone."""
         return replace(self, hidden=change(self.hidden))
@@ -102,24 +113,27 @@ class LazyLogits(Tensor):
         """What ``call`` makes of these logits: logits again, with these ``terms``."""
         shape = (*terms.hidden.shape[:-1], terms.weight.shape[0])
         made: LazyLogits = _Derive.apply(self._root, self._source, (*self._calls, call), shape, dtype)  # type: ignore[no-untyped-call]
-        made._terms, made._root = terms, self._root
+        made._terms, made._root = terms if torch.is_grad_enabled() else terms.detached(), self._root
         return made
 
     def detached(self) -> LazyLogits:
         """The same values without autograd."""
         made = LazyLogits(self._source, self._calls, self.shape, self.dtype)
-        if self._terms is not None:
-            t = self._terms
-            bias = None if t.bias is None else t.bias.detach()
-            made._terms = replace(t, hidden=t.hidden.detach(), weight=t.weight.detach(), bias=bias)
+        made._terms = None if self._terms is None else self._terms.detached()
         return made
 
     @property
     def terms(self) -> Terms | None:
-        """How a loss can do without the values; None where it cannot, because someone changed or watches them."""
+        """How a loss can do without the values; None where it cannot, because someone changed or watches them.
+
+        A graph of their own (an ``autograd.Function`` such as DDP's has returned them) counts as watching.
+        """
         changed = self._real is not None and _version(self._real) != self._clean
         watched = self._backward_hooks or self.retains_grad
-        return None if changed or watched else self._terms
+        known = self._terms
+        if changed or watched or known is None or known.requires_grad != self.requires_grad:
+            return None
+        return known
 
     @property
     def is_computed(self) -> bool:
@@ -193,7 +207,7 @@ def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: di
     """
     terms = Terms(hidden, weight, bias)
     made: LazyLogits = _Product.apply(hidden, weight, bias, Source(terms, options))  # type: ignore[no-untyped-call]
-    made._terms = terms
+    made._terms = terms if torch.is_grad_enabled() else terms.detached()
     return made
 
 

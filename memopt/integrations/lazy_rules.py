@@ -33,12 +33,12 @@ ANSWERED: frozenset[Any] = frozenset(
     _getters(
         "shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "is_cuda", "is_cpu", "is_xpu",
         "is_mps", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_nested",
-        "requires_grad", "grad_fn", "grad", "is_leaf", "retains_grad", "output_nr", "_backward_hooks",
+        "requires_grad", "grad_fn", "grad", "is_leaf", "retains_grad", "output_nr", "_backward_hooks", "_base",
     )
     | _methods(
         "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "get_device",
         "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_inference", "is_same_size", "__len__",
-        "register_hook", "retain_grad",
+        "register_hook", "retain_grad", "_is_view",
     )
 )  # fmt: skip
 

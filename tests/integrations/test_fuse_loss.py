@@ -9,9 +9,6 @@ import torch
 from torch.nn import functional as F
 
 import memopt
-
-pytest.importorskip("transformers")
-
 from memopt.integrations.lazy_logits import LazyLogits
 from tests.integrations.causal_models import ARCHITECTURES, CHUNK_BYTES, NoLogits, batch, build, gradients
 
