@@ -10,7 +10,16 @@ import torch
 
 import memopt.optim as room
 from memopt.optim import AdamW, AdamW8bit, convert
-from tests.optim.training import copies, gradients, largest_difference, parameters, run, state_tensors, through_file
+from tests.optim.training import (
+    assert_same_state,
+    copies,
+    gradients,
+    largest_difference,
+    parameters,
+    run,
+    state_tensors,
+    through_file,
+)
 
 SHAPES = [(64, 300), (97, 101), (10,)]
 
@@ -165,6 +174,25 @@ if importlib.util.find_spec("bitsandbytes"):
         for optimizer in (ours, back):
             assert largest_difference(params, optimizer.param_groups[0]["params"]) <= 2e-4
 
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("rule", ["AdamW", "AdEMAMix", "Lion"])
+    def test_bitsandbytes_codes_pass_through_as_they_are(rule: str) -> None:
+        """Rows of whole blocks, flat ones and one dimension; of other rows the values pass, rounded once."""
+        import bitsandbytes
+
+        shapes = [(18, 512), (97, 101), (33, 5, 3, 3), (5001,), (31, 300)]
+        params = parameters(shapes)
+        theirs = getattr(bitsandbytes.optim, f"{rule}8bit")(params, lr=1e-3)
+        run(theirs, 3)
+        saved = theirs.state_dict()
+        ours = getattr(room, rule)(copies(params), lr=1e-3, state="8bit-dynamic")
+        ours.load_state_dict(through_file(convert(saved, "bitsandbytes", ours)))
+        back = convert(ours.state_dict(), "memopt", "bitsandbytes")
+        for number, shape in enumerate(shapes):
+            first, again = saved["state"][number]["__bnb_optimizer_quant_state__"], back["state"][number]
+            exact = [key for key in first if key in again and torch.equal(first[key], again[key])]
+            assert (sorted(exact) == sorted(again.keys() - {"step"})) == (shape != (31, 300)), shape
+
 
 if importlib.util.find_spec("torchao"):
 
@@ -185,3 +213,13 @@ if importlib.util.find_spec("torchao"):
         back = convert(theirs.state_dict(), "torchao", "torch")
         assert torch.equal(back["state"][0]["exp_avg"], first.dequantize())
         assert torch.equal(back["state"][1]["exp_avg"], ours.state[params[1]]["exp_avg"])
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_torchaos_codes_pass_through_as_they_are() -> None:
+        params = parameters([(16, 512), (64, 4, 4, 4)])
+        ours = AdamW(params, state="8bit-dynamic")
+        run(ours, 3)
+        there = convert(ours.state_dict(), "memopt", "torchao")
+        twin = AdamW(copies(params), state="8bit-dynamic")
+        twin.load_state_dict(convert(there, "torchao", twin))
+        assert_same_state(ours, twin)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from memopt.optim import conversion
+from memopt.optim.conversion.codes import put_codes
 from memopt.optim.conversion.plain import Library, StateDict
 from memopt.optim.optimizer import RuleOptimizer
 from memopt.optim.registry import rules_by_name
@@ -35,7 +36,9 @@ def convert(
 ) -> StateDict:
     """An optimizer's state dict as another library's, or as one of our optimizers takes it.
 
-    States are decoded to fp32 in between and rounded to nearest where the target keeps fewer bits.
+    8-bit codes pass as they are between bitsandbytes, torchao and our ``"8bit-dynamic"``, whose levels and scales are
+    the same, for parameters whose rows are whole blocks of 256 elements, or shorter than one, or that have one
+    dimension. All other states are decoded to fp32 in between and rounded to nearest where the target has fewer bits.
 
     Args:
         state_dict: what the source optimizer's ``state_dict()`` returned. It is not changed.
@@ -63,6 +66,11 @@ def convert(
     if rule not in rules_by_name():
         raise ValueError(f"rule is {rule!r}; the choices are {', '.join(sorted(rules_by_name()))}")
     plain = known[source].read(state_dict, rule)
+    codes = known[source].codes
+    shared = codes(state_dict, rule) if codes is not None else {}
     if isinstance(target, RuleOptimizer):
-        return plain
-    return known[target].write(plain, rule, bits)
+        return put_codes(plain, shared, target)
+    written, put = known[target].write(plain, rule, bits), known[target].put
+    if put is not None:
+        put(written, shared, rule)
+    return written

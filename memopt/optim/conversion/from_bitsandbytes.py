@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.optim.conversion.codes import Codes, Shared
 from memopt.optim.conversion.plain import Library, StateDict, mapped, step_tensor
 
 _NESTED = "__bnb_optimizer_quant_state__"
@@ -49,11 +50,15 @@ def _decoded(stored: Mapping[str, Any], number: int) -> Tensor:
     return decoded.reshape(values.shape)
 
 
+def _fields(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in stored.items() if k != _NESTED}, **stored.get(_NESTED, {})}
+
+
 def read(state_dict: Mapping[str, Any], rule: str) -> StateDict:
     """Every state decoded, exactly."""
 
     def entry(stored: Mapping[str, Any]) -> dict[str, Any]:
-        flat = {**{k: v for k, v in stored.items() if k != _NESTED}, **stored.get(_NESTED, {})}
+        flat = _fields(stored)
         if not flat:
             return {}
         plain: dict[str, Any] = {"step": step_tensor(flat["step"])}
@@ -73,6 +78,35 @@ def read(state_dict: Mapping[str, Any], rule: str) -> StateDict:
     return plain
 
 
+def codes(state_dict: Mapping[str, Any], rule: str) -> Shared:
+    """The 8-bit codes as they are."""
+    found: Shared = {}
+    for key, stored in state_dict["state"].items():
+        flat, found[key] = _fields(stored), {}
+        for number, names in enumerate(_names(rule), 1):
+            if f"qmap{number}" not in flat:
+                continue
+            values, scales, levels = (flat[f"{field}{number}"] for field in ("state", "absmax", "qmap"))
+            parts = zip(values, scales, strict=True) if len(names) > 1 else [(values, scales.flatten())]
+            found[key] |= {
+                name: Codes(values, scales.float(), levels.float())
+                for name, (values, scales) in zip(names, parts, strict=True)
+            }
+    return found
+
+
+def put(written: StateDict, shared: Shared, rule: str) -> None:
+    """The codes that are of bitsandbytes' own map, in the place of those made from decoded values."""
+    for key, entry in written["state"].items():
+        for number, names in enumerate(_names(rule), 1):
+            given = [shared[key][name] for name in names if name in shared.get(key, {})]
+            qmap = entry.get(f"qmap{number}")
+            if qmap is None or len(given) < len(names) or not all(torch.equal(qmap, one.levels) for one in given):
+                continue
+            for field, parts in (("state", [c.codes for c in given]), ("absmax", [c.scales for c in given])):
+                entry[f"{field}{number}"] = torch.stack(parts) if len(names) > 1 else parts[0].clone()
+
+
 def write(plain: StateDict, rule: str, bits: int) -> StateDict:
     """States in fp32 (``bits=32``), or rounded to nearest in bitsandbytes' 8-bit maps where it would use 8 bits."""
     if bits not in (8, 32):
@@ -86,7 +120,7 @@ def write(plain: StateDict, rule: str, bits: int) -> StateDict:
             parts = [stored[name] for name in names]
             low = bits == 8 and parts[0].numel() >= _MIN_LOW_BIT_SIZE
             fields = (
-                [_encoded(part, signed=number == 1 and rule not in ("rmsprop", "adagrad")) for part in parts]
+                [_encoded(part, signed=number == 1) for part in parts]  # of RMSprop and Adagrad too
                 if low
                 else []
             )
@@ -116,4 +150,4 @@ def _encoded(value: Tensor, *, signed: bool) -> dict[str, Tensor]:
     return {"codes": codes, "absmax": state.absmax.float(), "qmap": qmap}
 
 
-LIBRARY = Library("bitsandbytes", read, write)
+LIBRARY = Library("bitsandbytes", read, write, codes, put)

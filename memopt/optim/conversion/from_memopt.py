@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memopt.optim.batch import Slot
 from memopt.optim.checkpoint import HEADER, OWN_OPTIONS
+from memopt.optim.conversion.codes import Shared, shared_codes
 from memopt.optim.conversion.plain import Library, StateDict, mapped, step_tensor
 from memopt.optim.formats import get_format
 from memopt.optim.registry import rules_by_name
 
 
-def read(state_dict: Mapping[str, Any], rule: str) -> StateDict:
-    """Every state decoded; what only memopt's groups hold is left out."""
+def _slots(state_dict: Mapping[str, Any], rule: str) -> Iterator[tuple[Any, Slot]]:
+    """(key, slot) of each parameter; the shape that decides its layout is stored with it.
+
+    Raises:
+        ValueError: the state dict is not of this rule, or a parameter's states cannot be read.
+    """
     groups = {key: group for group in state_dict.get("param_groups", ()) for key in group["params"]}
     found = {group.get("rule") for group in groups.values()}
     if found != {rule}:
         raise ValueError(f"the state dict is not one of memopt's {rule!r}: its groups say {sorted(map(str, found))}")
     reader = rules_by_name()[rule]([torch.zeros(1, device="meta")])
-
-    def entry(stored: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    for key, stored in mapped(state_dict, dict)["state"].items():
         shapes = [tuple(v.shape) for k, v in stored.items() if isinstance(v, Tensor) and k != "step"]
         shape = tuple(stored["shape"].tolist()) if "shape" in stored else (shapes or [()])[0]
-        slot = reader.slot(0, group, torch.empty(shape, device="meta"), dict(stored))
-        return {"step": step_tensor(stored["step"]), **{spec.name: slot.decode(spec) for spec in slot.specs}}
+        yield key, reader.slot(0, groups[key], torch.empty(shape, device="meta"), stored)
 
+
+def read(state_dict: Mapping[str, Any], rule: str) -> StateDict:
+    """Every state decoded; what only memopt's groups hold is left out."""
     plain = mapped(state_dict, dict)
-    plain["state"] = {key: entry(stored, groups[key]) for key, stored in plain["state"].items()}
+    for key, slot in _slots(state_dict, rule):
+        decoded = {spec.name: slot.decode(spec) for spec in slot.specs}
+        plain["state"][key] = {"step": step_tensor(slot.stored["step"]), **decoded}
     for group in plain["param_groups"]:
         for name in (*HEADER, *OWN_OPTIONS):
             group.pop(name, None)
     return plain
+
+
+def codes(state_dict: Mapping[str, Any], rule: str) -> Shared:
+    """The codes of ``8bit-dynamic`` where their blocks are those of the flattened parameter."""
+    return {key: shared_codes(slot) for key, slot in _slots(state_dict, rule)}
 
 
 def write(plain: StateDict, rule: str, bits: int) -> StateDict:
@@ -57,4 +71,4 @@ def write(plain: StateDict, rule: str, bits: int) -> StateDict:
     return {"state": state, "param_groups": groups}
 
 
-LIBRARY = Library("memopt", read, write)
+LIBRARY = Library("memopt", read, write, codes)

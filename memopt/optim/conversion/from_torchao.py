@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.optim.conversion.codes import BLOCK, Codes, Shared
 from memopt.optim.conversion.plain import Library, StateDict, mapped, step_tensor
 
 _BLOCKS = {8: 256, 4: 128}
@@ -35,6 +36,29 @@ def read(state_dict: Mapping[str, Any], rule: str) -> StateDict:
     return plain
 
 
+def codes(state_dict: Mapping[str, Any], rule: str) -> Shared:
+    """The codes of 8-bit states as they are."""
+
+    def held(value: Any) -> Codes | None:
+        levels = getattr(value, "qmap", None)
+        if levels is None or levels.numel() != 256 or getattr(value, "block_size", 0) != BLOCK:
+            return None
+        return Codes(value.codes, value.scale, levels)
+
+    found = {key: {name: held(value) for name, value in stored.items()} for key, stored in state_dict["state"].items()}
+    return {key: {name: one for name, one in states.items() if one is not None} for key, states in found.items()}
+
+
+def put(written: StateDict, shared: Shared, rule: str) -> None:
+    """The codes that are of torchao's own map, in the place of those made from decoded values."""
+    for key, entry in written["state"].items():
+        for name, given in shared.get(key, {}).items():
+            ours = getattr(entry.get(name), "qmap", None)
+            if ours is not None and torch.equal(ours, given.levels):
+                entry[name].codes.copy_(given.codes)
+                entry[name].scale.copy_(given.scales)
+
+
 def write(plain: StateDict, rule: str, bits: int) -> StateDict:
     """States in torchao's format of 8 or 4 bits where it would use it (4096 elements in whole blocks), else in fp32."""
     if bits not in (4, 8, 32):
@@ -59,4 +83,4 @@ def write(plain: StateDict, rule: str, bits: int) -> StateDict:
     return written
 
 
-LIBRARY = Library("torchao", read, write)
+LIBRARY = Library("torchao", read, write, codes, put)

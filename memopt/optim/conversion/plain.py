@@ -20,11 +20,15 @@ class Library:
         name: what ``source=`` and ``target=`` call it.
         read: (its state dict, memopt's rule name) to the plain form.
         write: (the plain form, memopt's rule name, bits per state) to its state dict.
+        codes: (its state dict, memopt's rule name) to the 8-bit codes in it (:mod:`memopt.optim.conversion.codes`).
+        put: puts such codes into the state dict that ``write`` made, where they are those of its own map.
     """
 
     name: str
     read: Callable[[Mapping[str, Any], str], StateDict]
     write: Callable[[StateDict, str, int], StateDict]
+    codes: Callable[[Mapping[str, Any], str], Any] | None = None
+    put: Callable[[StateDict, Any, str], None] | None = None
 
 
 def step_tensor(step: Any) -> torch.Tensor:

@@ -172,8 +172,11 @@ class RankOne:
         Args:
             join: raises each of a list of column maxima, one per parameter, to those of all ranks that hold its rows.
         """
-        writes = update.writes()
         kept = [j for j, stored in enumerate(states) if any(isinstance(state, Factored) for state in stored)]
+        if not kept:
+            common |= {"numbers": numbers, "offsets": offsets}
+            return kernels.step(update, params, grads, states, codecs, scalars, **common)
+        writes = update.writes()
         written = [j for j in kept if writes[j]]
         fresh = {j: [_emptied(state) for state in states[j]] for j in written}
         maxima = _only_states(update, tuple(written))
