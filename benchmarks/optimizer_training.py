@@ -40,11 +40,9 @@ class Case:
 
 CASES = {
     "demo": Case("300 steps of 4 x 64 bytes, fp32 parameters", steps=300, seeds=3, batch=4),
-    "small": Case("the same with 4 layers of width 256", steps=300, seeds=5, batch=4, layers=4, width=256),
-    "bf16": Case(
-        "the small model with bf16 parameters", steps=300, seeds=5, batch=4, layers=4, width=256, dtype="bf16"
-    ),
-    "long": Case("3000 steps of the small model", steps=3000, seeds=1, batch=4, layers=4, width=256),
+    "small": Case("the same with 3 layers of width 192", steps=300, seeds=3, batch=4, layers=3, width=192),
+    "bf16": Case("the small model, bf16 parameters", steps=300, seeds=3, batch=4, layers=3, width=192, dtype="bf16"),
+    "long": Case("3000 steps, 2 layers of width 128", steps=3000, seeds=1, batch=4, layers=2, width=128),
     "tiny": Case("10 steps of a tiny model, to try this out", steps=10, seeds=1, batch=2, layers=1, width=64),
 }
 
