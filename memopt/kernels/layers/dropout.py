@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.layers.pieces import check_float, refuse_recorded_backward
+from memopt.kernels.layers.pieces import check_float, implementation
 
 
 def seeded_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: int | None = None) -> Tensor:
     """x / (1 - p) where a draw keeps it, else zero; backward draws the same mask again from the same seed.
+
+    An element's draw is a function of the seed and of its place in the flattened tensor (``memopt.kernels.hashing``),
+    the same on every device. The probability is exact to ``2**-33``.
 
     Args:
         x: any shape, floating.
@@ -20,43 +23,48 @@ def seeded_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: int |
         seed: of this call; None takes one from torch's generator of the CPU, so that ``torch.manual_seed`` fixes it.
 
     Returns:
-        The same shape and dtype. A device draws the same mask for the same seed and shape; devices differ.
+        The same shape and dtype.
 
     Raises:
         ValueError, TypeError: ``x`` is not a floating tensor, or ``p`` is not a probability.
 
-    Cost: nothing is kept but the seed, where torch keeps a byte per element; the draw is made twice. The mask exists
-    for a moment, a byte per element.
+    Cost: 8 bytes are kept, where torch keeps a byte per element; the draw is made twice.
     """
     check_float("x", x)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p must lie in [0, 1], got {p}")
     if not training or p == 0.0:
         return x
-    if seed is None:
-        seed = int(torch.randint(2**62, (), device="cpu"))
-    y: Tensor = _SeededDropout.apply(x, p, seed)  # type: ignore[no-untyped-call]
+    drawn = torch.randint(2**62, (), device="cpu") if seed is None else torch.tensor(seed, device="cpu")
+    y: Tensor = _Dropout.apply(x, p, drawn)  # type: ignore[no-untyped-call]
     return y
 
 
-def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
+@torch.library.custom_op("memopt::dropout", mutates_args=())
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """See :func:`seeded_dropout`; ``seed`` is an int64 scalar on the CPU."""
     if p == 1.0:
-        return torch.zeros_like(x)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p, generator=generator)
-    return torch.where(kept, x / (1.0 - p), 0)
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    y: Tensor = implementation(x, "masks").dropout(x.contiguous(), p, int(seed))
+    return y
 
 
-class _SeededDropout(torch.autograd.Function):
+@dropout.register_fake
+def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, p: float, seed: int) -> Tensor:
-        return _dropped(x, p, seed)
+    def forward(x: Tensor, p: float, seed: Tensor) -> Tensor:
+        y: Tensor = dropout(x, p, seed)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.p, ctx.seed = inputs
+        _, ctx.p, seed = inputs
+        ctx.save_for_backward(seed)
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor, None, None]:
-        refuse_recorded_backward("seeded_dropout")
-        return _dropped(of_y, ctx.p, ctx.seed), None, None
+        return _Dropout.apply(of_y, ctx.p, *ctx.saved_tensors), None, None  # type: ignore[no-untyped-call]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memopt.kernels.layers.pieces import check_float, opmath, pieces, refuse_recorded_backward
+from memopt.kernels.layers.pieces import check_float, implementation, refuse_recorded_backward
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -47,28 +46,36 @@ def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return result
 
 
-def _activate(wide: Tensor, activation: str) -> Tensor:
-    return F.silu(wide) if activation == "silu" else F.gelu(wide, approximate=activation[5:])
+@torch.library.custom_op("memopt::gated", mutates_args=())
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up; ``activation`` is "silu", "gelu_none" or "gelu_tanh"."""
+    made: Tensor = implementation(gate, "gated").gated(gate.contiguous(), up.contiguous(), activation)
+    return made
 
 
-def _slope(wide: Tensor, activation: str) -> Tensor:
-    """The derivative of the activation."""
-    one = torch.ones_like(wide)
-    if activation == "silu":
-        slope: Tensor = torch.ops.aten.silu_backward(one, wide)
-    else:
-        slope = torch.ops.aten.gelu_backward(one, wide, approximate=activation[5:])
-    return slope
+@torch.library.custom_op("memopt::gated_backward", mutates_args=())
+def gated_backward(of_out: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The gradients of ``gate`` and ``up``."""
+    inputs = (of_out.contiguous(), gate.contiguous(), up.contiguous())
+    of_gate, of_up = implementation(gate, "gated").gated_backward(*inputs, activation)
+    return of_gate, of_up
+
+
+@gated.register_fake
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@gated_backward.register_fake
+def _(of_out: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    of_gate, of_up = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+    return of_gate, of_up
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        flat_gate, flat_up, flat = gate.reshape(-1), up.reshape(-1), out.view(-1)
-        for part in pieces(flat.shape[0], 1):
-            wide = flat_gate[part].to(opmath(gate))
-            flat[part] = _activate(wide, activation) * flat_up[part]
+        out: Tensor = gated(gate, up, activation)
         return out
 
     @staticmethod
@@ -79,12 +86,6 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, None]:
         refuse_recorded_backward("swiglu and geglu")
-        gate, up = ctx.saved_tensors
-        of_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        of_up = torch.empty_like(of_gate)
-        flat_gate, flat_up, flat = gate.reshape(-1), up.reshape(-1), of_out.reshape(-1)
-        for part in pieces(flat.shape[0], 1):
-            wide, g = flat_gate[part].to(opmath(gate)), flat[part].to(opmath(gate))
-            of_up.view(-1)[part] = g * _activate(wide, ctx.activation)
-            of_gate.view(-1)[part] = g * flat_up[part] * _slope(wide, ctx.activation)
+        with torch.no_grad():  # torch.func.grad records, and registered operations cannot
+            of_gate, of_up = gated_backward(of_out, *ctx.saved_tensors, ctx.activation)
         return of_gate, of_up, None

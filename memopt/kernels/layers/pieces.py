@@ -1,17 +1,22 @@
-"""Rows in pieces: float32 copies of a few rows at a time, so that working memory does not grow with the input."""
+"""What the layers share: pieces of rows, the dtype of arithmetic, the choice of an implementation, checks."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from memopt.kernels.backend import choose_backend
+from memopt.kernels.quantized import FLOATS
 
 PIECE_BYTES = 4 * 2**20
 
 
 def pieces(rows: int, width: int) -> Iterator[slice]:
-    """Slices of rows whose float32 copy takes about ``PIECE_BYTES``."""
+    """Slices of rows whose float32 copy takes about ``PIECE_BYTES``: working memory does not grow with the input."""
     step = max(1, PIECE_BYTES // (4 * max(1, width)))
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
@@ -22,8 +27,21 @@ def opmath(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def implementation(x: Tensor, layer: str) -> ModuleType:
+    """The module that carries ``layer`` out for tensors like ``x``; all of them have the same functions."""
+    chosen = choose_backend(x.device) if x.dtype in FLOATS or not x.is_floating_point() else "torch"
+    if chosen == "native":
+        from memopt.kernels.layers import native
+
+        if layer in native.LAYERS and native.library() is not None:
+            return native
+    return importlib.import_module(f"memopt.kernels.layers.{layer}_{'triton' if chosen == 'triton' else 'torch'}")
+
+
 def refuse_recorded_backward(what: str) -> None:
     """RuntimeError where second derivatives are asked for; a single torch.func.grad, which always records, may pass."""
+    if torch.compiler.is_compiling():  # a compiled backward is never recorded
+        return
     nested = torch._C._functorch.get_interpreter_stack()
     if (nested is None and torch.is_grad_enabled()) or (nested is not None and len(nested) > 1):
         raise RuntimeError(f"{what} has first derivatives only; use torch's own layer for higher ones")

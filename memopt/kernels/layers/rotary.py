@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.layers.pieces import check_float, refuse_recorded_backward
+from memopt.kernels.layers.pieces import check_float, implementation, refuse_recorded_backward
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -45,20 +45,16 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -
     return rotated
 
 
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> None:
-    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    first, second, cosine = a.to(wide), b.to(wide), cos.to(wide)
-    sine = -sin.to(wide) if back else sin.to(wide)
-    turned = first * cosine - second * sine
-    b.copy_(second * cosine + first * sine)
-    a.copy_(turned)
+@torch.library.custom_op("memopt::rotate_", mutates_args=("x",))
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> None:
+    """Turns the pairs of ``x`` in place by the angles, or by their opposites if ``back``."""
+    implementation(x, "rotary").rotate_(x, cos, sin, interleaved, back)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        _rotate_(x, cos, sin, interleaved, back=False)
+        rotate_(x, cos, sin, interleaved, False)
         ctx.mark_dirty(x)
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
@@ -68,6 +64,6 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_recorded_backward("rotary_")
         of_x = of_y.clone()
-        cos, sin = ctx.saved_tensors
-        _rotate_(of_x, cos, sin, ctx.interleaved, back=True)
+        with torch.no_grad():  # torch.func.grad records, and registered operations cannot
+            rotate_(of_x, *ctx.saved_tensors, ctx.interleaved, True)
         return of_x, None, None, None
