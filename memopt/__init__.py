@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from memopt.deprecation import missing
 from memopt.version import __version__
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def __getattr__(name: str) -> Any:
     elif name in _ROOMS:
         value = importlib.import_module(f"memopt.{name}")
     else:
-        raise AttributeError(f"module 'memopt' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        return missing(__name__, name, __all__)
     globals()[name] = value  # the next look-up is a plain one, also where a submodule of that name was imported
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from memopt.deprecation import missing
 from memopt.optim.conversion import convert
 from memopt.optim.coverage.block_coordinate import BlockCoordinate
 from memopt.optim.coverage.lowrank_dct import LowRankDCT
@@ -24,4 +25,4 @@ __all__.sort()
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(f"module 'memopt.optim' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return missing(__name__, name, __all__)
