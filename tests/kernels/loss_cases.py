@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class Case:
     class_weight: bool = False
     soft: bool = False
     ignored: bool = True
+    half_ignored: bool = False
     tensors: dict[str, Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -35,6 +37,8 @@ class Case:
         if self.ignored:
             target.view(-1)[3:7] = self.options.get("ignore_index", -100)
             target.view(-1)[-2] = self.options.get("ignore_index", -100)
+        if self.half_ignored:
+            target[torch.rand(self.shape, generator=generator) < 0.5] = -100
         if self.soft:
             target = torch.randn(*self.shape, self.V, **double).mul(3).softmax(-1).float()
         self.tensors = {
@@ -78,19 +82,38 @@ def error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-12))
 
 
-def check_against_truth(case: Case, dtype: torch.dtype, allowed: float = 1.0, **extra: Any) -> None:
-    """Ours is no further from the float64 truth than the plain loss in ``dtype``, up to ``allowed`` and noise.
+def check_against_truth(case: Case, dtype: torch.dtype, **extra: Any) -> None:
+    """Ours is no further from the float64 truth than the plain loss computed in ``dtype``: see :func:`ratio_limit`.
 
-    Rounding errors of two correct orders of summation differ from draw to draw: the factor 1.5 and a few units in the
-    last place cover that. Loss and statistics of a few rows also hang on single logits, each off by half a unit.
+    Where the plain loss is exact up to the last place (float64, float32) a few units in it are granted. Loss and
+    statistics of a few rows also hang on single logits, each off by half a unit.
     """
     truth = case.run(dense_linear_cross_entropy, dtype, torch.float64)
     plain = case.run(dense_linear_cross_entropy, dtype, dtype, upcast=False)
     ours = case.run(linear_cross_entropy, dtype, dtype, **extra)
     assert ours.keys() == truth.keys()
-    noise = 4e-15 if dtype == torch.float64 else 4e-7
     for name, value in ours.items():
         assert value.shape == truth[name].shape, name
-        floor = max(noise, torch.finfo(dtype).eps / 2) if name in NAMES[:3] else noise
-        limit = 1.5 * allowed * error(plain[name], truth[name]) + floor
-        assert error(value, truth[name]) <= limit, (name, error(value, truth[name]), limit)
+        check_no_further(name, value, plain[name], truth[name], dtype)
+
+
+def check_no_further(name: str, ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """``error(ours) <= limit * error(plain) + floor`` for a value called ``name`` in :data:`NAMES`."""
+    noise = 4e-15 if dtype == torch.float64 else 4e-7
+    floor = max(noise, torch.finfo(dtype).eps / 2) if name in NAMES[:3] else noise
+    limit = ratio_limit(ours, plain, truth)
+    assert error(ours, truth) <= limit * error(plain, truth) + floor, (name, error(ours, truth), limit)
+
+
+def ratio_limit(ours: Tensor, plain: Tensor, truth: Tensor) -> float:
+    """How far the ratio of two errors in norm may exceed one by chance when both have the same expectation.
+
+    A squared error is a sum over rows of independent parts s. Its relative variance is about sum(s^2) / sum(s)^2, one
+    over the effective number of rows n; by the delta method the logarithm of a ratio of two norms has the standard
+    deviation sqrt(1 / n_ours + 1 / n_plain) / 2. Four of them are passed by chance once in 30000 comparisons.
+    """
+    spread = 0.0
+    for value in (ours, plain):
+        parts = (value.double() - truth).square().reshape(value.shape[0] if value.dim() else 1, -1).sum(1)
+        spread += float(parts.square().sum() / parts.sum().square().clamp_min(1e-300))
+    return math.exp(4 * 0.5 * math.sqrt(spread))

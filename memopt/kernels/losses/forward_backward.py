@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memopt.kernels.losses.coefficients import Upstream
 from memopt.kernels.losses.problem import Problem
-from memopt.kernels.losses.row_pass import Gradients, RowResult, Upstream, Wanted, row_pass
+from memopt.kernels.losses.row_pass import Gradients, RowResult, Wanted, row_pass
 from memopt.kernels.losses.slice_pass import slice_pass
 from memopt.kernels.losses.tile_pass import tile_gradients, tile_statistics
 
@@ -61,7 +62,10 @@ def backward(problem: Problem, wanted: Wanted, lse: Tensor, of_loss: Tensor | No
 
 
 def _unit_upstream(p: Problem) -> tuple[Upstream, Tensor | None]:
-    """Row coefficients for an upstream gradient of one. float16 would lose a mean's small values: it divides later."""
+    """Row coefficients for an upstream gradient of one.
+
+    float16 would lose a mean's small values, so that a power of two, which rounds nothing, is divided by later.
+    """
     settings = p.settings
     one = torch.ones((), dtype=p.opmath, device=p.hidden.device)
     if settings.reduction == "sum":
@@ -69,8 +73,8 @@ def _unit_upstream(p: Problem) -> tuple[Upstream, Tensor | None]:
     inverse, count = _inverse(p.denominator()), max(p.rows, 1)
     if p.hidden.dtype != torch.float16:
         return Upstream(inverse, one * (settings.z_loss / count) if settings.z_loss else None), None
-    square = p.denominator() * (settings.z_loss / count) if settings.z_loss else None
-    return Upstream(one, square), inverse
+    power = torch.exp2(p.denominator().clamp_min(1e-30).log2().ceil())
+    return Upstream(inverse * power, power * (settings.z_loss / count) if settings.z_loss else None), 1.0 / power
 
 
 def _upstream(p: Problem, of_loss: Tensor | None, of_lse: Tensor | None) -> Upstream:

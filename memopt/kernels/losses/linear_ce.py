@@ -37,7 +37,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     chunk_bytes: int | None = None,
     mode: str = "rows",
-    accumulate: str = "weight",
+    accumulate: str = "once",
     gradient_filter: float = 0.0,
     process_group: ProcessGroup | None = None,
 ) -> Any:  # Tensor, or with return_stats a tuple of it and LossStats
@@ -71,8 +71,11 @@ def linear_cross_entropy(
             backward, where logits are made once more in slices of the vocabulary, and each of its rows is written once.
             "tiles" (Triton) makes logits in tiles on the chip in forward and twice in backward, and keeps none.
             Gradients of "none" and of the returned log-sum-exp are made in backward in every mode.
-        accumulate: of the weight's gradient over row chunks: "weight" adds in its dtype, "float32" in 4 more bytes per
-            weight element (see :class:`WeightGradient` for the errors).
+        accumulate: how the weight's gradient is made from row chunks. "once": in 16 bits each element is rounded once,
+            from all rows; softmax gradients wait in the gradient's own memory, which holds H rows, and in the scratch,
+            and logits of further rows are made again (:mod:`memopt.kernels.losses.held_rows`). "weight" adds in the
+            weight's dtype, without logits made again but with a rounding per chunk, as "once" does in float32.
+            "float32" adds in 4 more bytes per weight element.
         gradient_filter: in mode "tiles", a tile where no probability, nor what is missing to one at a target, is above
             this is taken for zero. 0 skips nothing; 2**-12 is below what bfloat16 resolves. Entries that are rare in
             the targets lose part of their gradient: meant for fine-tuning.
@@ -88,13 +91,17 @@ def linear_cross_entropy(
             vocabulary (elsewhere such a row's target logit counts as zero). TypeError: an argument of the wrong type.
         RuntimeError: a second backward through a mean or sum in mode "rows": its gradients were handed over.
 
+    Gradients made in forward are multiplied by the upstream gradient in backward: one that is not a power of two rounds
+    them once more.
+
     Cost: memory beyond inputs and gradients at most ``chunk_bytes``, working space of the product, and 40 bytes per
-    position. Time of three products over (N, H, V) and about three passes over the logits; four products in
-    "recompute"; four and five where gradients are made in backward; five in "tiles", without chunks, but 4 bytes per
-    element of ``hidden``.
+    position. Time of three products over (N, H, V) and about three passes over the logits, and in 16 bits a fourth for
+    the share of rows beyond H + ``chunk_bytes`` / (2 V); four products in "recompute"; four and five where gradients
+    are made in backward; five in "tiles", without chunks, but 4 bytes per element of ``hidden``.
 
     Source: gradients in forward, row chunks and their cost as in the Liger kernels; recomputing as in "Cut Your Losses
-    in Large-Vocabulary Language Models" section 4. We differ: chunks by bytes, one kernel for all options.
+    in Large-Vocabulary Language Models" section 4. We differ: chunks by bytes, one kernel for all options, one rounding of the weight's gradient without
+    memory for a wider sum.
     """
     scale = check_inputs(hidden, weight, target, bias, class_weight, logit_scale)
     if shift and target.dim() - target.is_floating_point() == 0:

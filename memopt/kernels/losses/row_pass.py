@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memopt.kernels.losses import huge_pages
+from memopt.kernels.losses.coefficients import Upstream, lse_coefficient, row_coefficients
+from memopt.kernels.losses.held_rows import HeldRows
 from memopt.kernels.losses.logits_ops import logit_statistics, softmax_gradient_
 from memopt.kernels.losses.problem import Problem, values_unknown
-from memopt.kernels.losses.settings import rows_per_chunk
+from memopt.kernels.losses.settings import even_chunks, rows_per_chunk
+from memopt.kernels.losses.slice_pass import slice_pass
 from memopt.kernels.losses.weight_gradient import WeightGradient
 
 
@@ -63,23 +67,6 @@ class Gradients:
         return (self.hidden, self.weight, *last)
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """Gradient of the final result with respect to each row's parts, scalars or (M,), None for zero."""
-
-    loss: Tensor | None = None  # of the cross-entropy
-    square: Tensor | None = None  # of the squared log-sum-exp (z-loss)
-    lse: Tensor | None = None  # of the log-sum-exp as returned
-
-    def rows(self, first: int, stop: int) -> Upstream:
-        return Upstream(
-            *(
-                part if part is None or part.dim() == 0 else part[first:stop]
-                for part in (self.loss, self.square, self.lse)
-            )
-        )
-
-
 @dataclass
 class RowResult:
     """Per counted row: log-sum-exp, cross-entropy, entropy (zero unless wanted), argmax; and the gradients.
@@ -99,32 +86,38 @@ def row_pass(problem: Problem, wanted: Wanted, upstream: Upstream | None) -> Row
     """Statistics of every row and, given ``upstream``, the wanted gradients.
 
     Scratch: one chunk of logits, at most ``settings.chunk_bytes`` (a single row where that is more), and for rows that
-    are not consecutive one chunk of ``hidden`` and of its gradient.
+    are not consecutive one chunk of ``hidden`` and of its gradient. All ranks of a split vocabulary walk the same
+    chunks.
     """
     p, M, settings = problem, problem.rows, problem.settings
     V, H = p.weight.shape
-    device, opmath = p.hidden.device, p.opmath
+    device, opmath, item = p.hidden.device, p.opmath, p.hidden.element_size()
     lse = torch.empty(2, M, dtype=opmath, device=device)
     loss, entropy = torch.empty(2, M, dtype=opmath, device=device)
     argmax = torch.empty(M, dtype=torch.int64, device=device)
     result = RowResult(lse, loss, entropy, argmax, Gradients())
     made = result.gradients
-    sink = WeightGradient(p.weight, settings) if wanted.weight and upstream is not None else None
+    row_bytes = (p.shard.largest + (0 if p.index is None else 2 * H)) * item
+    row_bytes += p.shard.largest * p.scale.element_size() if p.soft is not None else 0
+    chunks, most = even_chunks(M, row_bytes, settings.chunk_bytes), rows_per_chunk(M, row_bytes, settings.chunk_bytes)
+    held = sink = None
     if upstream is not None:
+        if wanted.weight and settings.accumulate == "once" and item == 2 and most < M:
+            held = HeldRows(p, row_bytes)
+            chunks = held.chunks()
+        elif wanted.weight:
+            sink = WeightGradient(p.weight, settings)
         if wanted.hidden:
             made.hidden = torch.empty_like(p.hidden) if p.index is None else torch.zeros_like(p.hidden)
         made.bias = torch.zeros(V, dtype=opmath, device=device) if wanted.bias else None
         made.scale = torch.zeros((), dtype=opmath, device=device) if wanted.scale else None
-    bytes_per_row = (V + (0 if p.index is None else 2 * H)) * p.hidden.element_size()
-    bytes_per_row += V * p.scale.element_size() if p.soft is not None else 0
-    R = rows_per_chunk(M, bytes_per_row, settings.chunk_bytes)
-    scratch = torch.empty(min(R, M), V, dtype=p.hidden.dtype, device=device)
+    size = min(most, M) * V if held is None else max(V, settings.chunk_bytes // item)
+    scratch = huge_pages.empty(size, dtype=p.hidden.dtype, device=device)
     weight_t = p.weight.t()
-    for first in range(0, M, R):
-        stop = min(first + R, M)
-        rows = slice(first, stop)
+    for rows in chunks:
+        first, stop = rows.start, rows.stop
         h, target, soft = p.hidden_rows(first, stop), p.target_rows(first, stop), p.soft_rows(first, stop)
-        logits = torch.mm(h, weight_t, out=scratch[: stop - first])
+        logits = torch.mm(h, weight_t, out=scratch[: (stop - first) * V].view(stop - first, V))
         constant = (target, p.bias, p.class_weight, soft, p.scale, settings.softcap)
         weighted = soft is not None or settings.label_smoothing > 0
         statistics, argmax = logit_statistics(logits, *constant, weighted, settings.want_stats)
@@ -144,45 +137,18 @@ def row_pass(problem: Problem, wanted: Wanted, upstream: Upstream | None) -> Row
                 torch.mm(logits, p.weight, out=made.hidden[rows])
             else:
                 made.hidden.index_copy_(0, p.index[rows], logits @ p.weight)
-        if sink is not None:
+        if held is not None:
+            held.add(logits, rows)
+        elif sink is not None:
             sink.add(logits, h)
-    made.weight = None if sink is None else sink.finish()
+    if held is not None and upstream is not None:
+        made.weight = slice_pass(p, result.lse, upstream, held, scratch[held.behind * V :])
+    elif sink is not None:
+        made.weight = sink.finish()
     for shared in (made.hidden, made.scale):
         if shared is not None:
             p.shard.sum_(shared)
     return result
-
-
-def lse_coefficient(p: Problem, first: int, stop: int, soft: Tensor | None) -> Tensor | float:
-    """How often the log-sum-exp occurs in a row's cross-entropy: the sum of the row's target weights."""
-    if soft is not None:
-        total = soft.sum(1) if p.class_weight is None else soft @ p.class_weight
-        return p.shard.sum_(total)
-    smoothing = p.settings.label_smoothing
-    own = 1.0 if p.share is None else p.share[first:stop]
-    return (1 - smoothing) * own + p.uniform * p.weight_sum if smoothing else own
-
-
-def row_coefficients(
-    p: Problem, upstream: Upstream, lse: Tensor, of_lse: Tensor | float, first: int, stop: int
-) -> Tensor:
-    """(4, R) for ``softmax_gradient_``: lse, of_softmax, of_target, of_uniform; from (2, R) ``lse``."""
-    smoothing = p.settings.label_smoothing
-    out = torch.zeros(4, stop - first, dtype=p.opmath, device=lse.device)
-    out[0] = lse[0]
-    if upstream.loss is not None:
-        out[1] = upstream.loss * of_lse
-        if p.soft is not None:
-            out[2] = upstream.loss
-        else:
-            out[2] = upstream.loss * ((1 - smoothing) * (1.0 if p.share is None else p.share[first:stop]))
-            out[3] = upstream.loss * p.uniform
-    if upstream.square is not None:
-        out[1] += 2.0 * upstream.square * lse[0]
-    if upstream.lse is not None:
-        out[1] += upstream.lse
-    out[1] *= (-lse[1]).exp()
-    return out
 
 
 def reduce_rows(p: Problem, statistics: Tensor, of_lse: Tensor | float, rows: slice, result: RowResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("mean", "sum", "none")
 MODES = ("rows", "recompute", "tiles")
-ACCUMULATIONS = ("weight", "float32")
+ACCUMULATIONS = ("once", "weight", "float32")
+ROW_UNIT = 64  # products of 343 or 902 rows cost up to a third more per row than those of 320 or 896
 DEFAULT_CHUNK_BYTES = 84 * 2**20  # with the working space of a product this stays below 96 MiB
 
 
@@ -44,7 +46,7 @@ class Settings:
     want_stats: bool = False
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     mode: str = "rows"
-    accumulate: str = "weight"
+    accumulate: str = "once"
     gradient_filter: float = 0.0
     group: ProcessGroup | None = None
 
@@ -89,6 +91,19 @@ def rows_per_chunk(rows: int, bytes_per_row: int, chunk_bytes: int) -> int:
     """How many rows a chunk holds so that all chunks are about equal and none needs more than ``chunk_bytes``."""
     if rows == 0:
         return 1
-    largest = max(1, chunk_bytes // max(1, bytes_per_row))
+    largest = whole_units(max(1, chunk_bytes // max(1, bytes_per_row)))
     chunks = -(-rows // largest)
-    return -(-rows // chunks)
+    even = -(-rows // chunks)
+    return min(largest, even + -even % ROW_UNIT)
+
+
+def whole_units(rows: int) -> int:
+    """``rows`` rounded down to a multiple of ROW_UNIT, but for less than one of them."""
+    return rows if rows < ROW_UNIT else rows - rows % ROW_UNIT
+
+
+def even_chunks(rows: int, bytes_per_row: int, chunk_bytes: int) -> Iterator[slice]:
+    """Consecutive chunks of :func:`rows_per_chunk` rows."""
+    step = rows_per_chunk(rows, bytes_per_row, chunk_bytes)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))

@@ -6,16 +6,9 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.backend import choose_backend, interpreting
+from memopt.kernels.losses.coefficients import Upstream, lse_coefficient, row_coefficients
 from memopt.kernels.losses.problem import Problem, values_unknown
-from memopt.kernels.losses.row_pass import (
-    Gradients,
-    RowResult,
-    Upstream,
-    Wanted,
-    lse_coefficient,
-    reduce_rows,
-    row_coefficients,
-)
+from memopt.kernels.losses.row_pass import Gradients, RowResult, Wanted, reduce_rows
 
 # Rows or entries of a tile, and features at a time. The interpreter pays per program and operation, so it takes few.
 STATISTICS_TILE = {"BM": 128, "BV": 64, "BH": 32, "num_warps": 8, "num_stages": 3}

@@ -20,23 +20,24 @@ _NO_ENTRY = 2**62
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the vocabulary held here: entries ``first`` to ``first + V`` of ``total``."""
+    """The part of the vocabulary held here: entries ``first`` to ``first + V`` of ``total``; ``largest`` V of any."""
 
     first: int
     total: int
+    largest: int
     group: ProcessGroup | None = None
 
     @classmethod
     def of(cls, group: ProcessGroup | None, V: int, device: torch.device) -> Shard:
         if group is None:
-            return cls(0, V)
+            return cls(0, V, V)
         import torch.distributed as dist
 
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
         rank = dist.get_rank(group)
         sizes[rank] = V
         dist.all_reduce(sizes, group=group)
-        return cls(int(sizes[:rank].sum()), int(sizes.sum()), group)
+        return cls(int(sizes[:rank].sum()), int(sizes.sum()), int(sizes.max()), group)
 
     def sum_(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""

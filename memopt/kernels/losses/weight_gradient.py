@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memopt.kernels.losses import huge_pages
 from memopt.kernels.losses.settings import Settings
 
 _SLICE_BYTES = 8 * 2**20  # of float32 copies of a chunk's gradient, where the product itself cannot widen
@@ -13,8 +14,9 @@ _SLICE_BYTES = 8 * 2**20  # of float32 copies of a chunk's gradient, where the p
 class WeightGradient:
     """``add`` each chunk's softmax gradient (R, V) and hidden rows (R, H); ``finish`` gives their product's sum (V, H).
 
-    ``accumulate="weight"``: each product is added with float32 arithmetic and rounded to the weight's dtype, so with
-    K chunks the rounding error is about sqrt((K + 1) / 2) times that of one rounding. No memory beyond the gradient.
+    In float32 and float64, and with ``accumulate="weight"``: each product is added in float32 arithmetic and rounded to
+    the weight's dtype, so with K chunks the rounding error is about sqrt((K + 1) / 2) times that of one rounding, which
+    in 16 bits is most of the gradient's error. No memory beyond the gradient.
     ``accumulate="float32"``: one rounding at the end, for 4 bytes per weight until then; in 16 bits on a CPU the
     product runs in float32, at about half the speed.
     """
@@ -23,7 +25,8 @@ class WeightGradient:
         self._dtype = weight.dtype
         narrow = weight.dtype in (torch.bfloat16, torch.float16)
         self._wide = narrow and settings.accumulate == "float32"
-        self._sum = torch.empty(weight.shape, dtype=torch.float32 if self._wide else weight.dtype, device=weight.device)
+        dtype = torch.float32 if self._wide else weight.dtype
+        self._sum = huge_pages.empty(*weight.shape, dtype=dtype, device=weight.device)
         self._empty = True
 
     def add(self, d: Tensor, h: Tensor) -> None:
