@@ -14,10 +14,10 @@ from torch import Tensor
 
 from memopt.optim.coverage.blocks import Block, find_blocks, given_blocks
 from memopt.optim.coverage.nested import base_factory, trainable
+from memopt.optim.directions import SameNoise, direction
 from memopt.optim.gradient_release import Alone
-from memopt.optim.sharding import is_sharded, local_of, offset_of
+from memopt.optim.sharding import is_sharded, local_of
 
-CHUNK = 1 << 20  # elements of a direction that exist at once
 ORDERS = ("ascending", "descending", "random")
 OWN_RULES = ("sgd", "sign")
 
@@ -205,7 +205,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _measure(self, closure: Callable[[], Any], params: list[Tensor]) -> tuple[list[float], list[float]]:
         """Losses, and per sample the slope along its direction; parameters are as before, but for rounding."""
-        noise = _Noise(params)
+        noise = SameNoise(params)
         losses, slopes = [], []
         before = self._loss(closure, noise) if self.sides == 1 else 0.0
         for sample in range(self.samples):
@@ -223,7 +223,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 slopes.append((above - before) / self.eps)
         return losses, slopes
 
-    def _loss(self, closure: Callable[[], Any], noise: _Noise) -> float:
+    def _loss(self, closure: Callable[[], Any], noise: SameNoise) -> float:
         self._reshard()
         noise.rewind()
         loss = closure()
@@ -238,17 +238,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _direction(self, param: Tensor, sample: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(part of the parameter, the direction there in fp32), piece by piece."""
-        local = local_of(param)
-        flat = local.view(-1) if local.is_contiguous() else None
-        draw = torch.Generator(device=local.device)
-        key = f"{self.seed}/{self.steps}/{sample}/{self._numbers[param]}/{offset_of(param)}"
-        draw.manual_seed(random.Random(key).getrandbits(63))
-        if flat is None:
-            yield local, torch.randn(local.shape, generator=draw, device=local.device)
-            return
-        for first in range(0, flat.numel(), CHUNK):
-            part = flat[first : first + CHUNK]
-            yield part, torch.randn(part.shape, generator=draw, device=local.device)
+        return direction(param, f"{self.seed}/{self.steps}/{sample}/{self._numbers[param]}")
 
     def _move(self, params: list[Tensor], sample: int, distance: float) -> None:
         for param in params:
@@ -286,22 +276,6 @@ class ZerothOrder(torch.optim.Optimizer):
                 lr, keep = float(group["lr"]), 1.0 - float(group["lr"]) * float(group["weight_decay"])
                 for part, g in self._gradient(param, scales):
                     part.copy_(part.float() * keep - lr * (g.sign_() if self.rule == "sign" else g))
-
-
-class _Noise:
-    """Lets every evaluation of a step draw the same random numbers, so that dropout does not enter the difference."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._others = {}
-        for device in {local_of(p).device for p in params}:
-            if device.type != "cpu":
-                self._others[device] = torch.get_device_module(device).get_rng_state(device)
-
-    def rewind(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._others.items():
-            torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _check(eps: float, samples: int, sides: int, switch_every: int, order: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memopt.optim import AdamW, AdamW8bit, ZerothOrder, zeroth_order
+from memopt.optim import AdamW, AdamW8bit, ZerothOrder, directions
 from tests.optim.coverage_models import assert_same, loss_of, tiny, values
 
 
@@ -36,7 +36,7 @@ def smooth_loss(model: nn.Module) -> Tensor:
 def test_steps_are_the_rules_written_out(
     rule: str, sides: int, samples: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zeroth_order, "CHUNK", chunk)
+    monkeypatch.setattr(directions, "CHUNK", chunk)
     model, plain = double(), double()
     options = {"lr": 0.02, "eps": 1e-4, "samples": samples, "sides": sides, "weight_decay": 0.3}
     optimizer = ZerothOrder(model, torch.optim.AdamW if rule == "adam" else rule, **options)
