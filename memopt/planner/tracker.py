@@ -85,6 +85,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._output_hooks: list[Any] = []
         self._outputs: list[Record] = []
         self._left_at = 0
+        self._resize: Any = None
 
     def _watch_phases(self) -> PhaseWatcher:
         return PhaseWatcher(
@@ -100,6 +101,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Begins to watch; storages that exist already are counted from the start once something touches them."""
         if not self._fake:
             self._known = {storage._cdata for storage in _existing_storages()}
+            self._watch_resizes()
         self._started = time.perf_counter()
         self._phases.install()
         self.__enter__()  # type: ignore[no-untyped-call]
@@ -108,6 +110,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Ends the watch and removes every hook; storages still alive get no death."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._phases.remove()
+        if self._resize is not None:
+            torch.UntypedStorage.resize_, self._resize = self._resize, None  # type: ignore[method-assign]
         for handle in (*self._grad_hooks.values(), *self._output_hooks):
             handle.remove()
         self._grad_hooks, self._output_hooks = {}, []
@@ -223,6 +227,17 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.discard(key)
         if record is not None:
             record.death, record.watch = max(self.clock, record.birth + 1), None
+
+    def _watch_resizes(self) -> None:
+        """FSDP frees and takes back the memory of gathered parameters by resizing storages that live on."""
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> Any:
+            result = resize(storage, size)
+            self._died(storage._cdata, None)  # what touches it next finds a new one
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
 
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs one of memopt's own operations with this mode active inside its kernel."""
