@@ -14,7 +14,7 @@ from memopt.version import __version__
 if TYPE_CHECKING:
     from memopt import integrations, kernels, offload, optim, planner
     from memopt.integrations import fuse_loss
-    from memopt.kernels import contrastive_loss, linear_cross_entropy
+    from memopt.kernels import chunked_loss, contrastive_loss, linear_cross_entropy
     from memopt.metering import meter
     from memopt.offload import apply
     from memopt.planner import plan, trace
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "apply": "memopt.offload",
+    "chunked_loss": "memopt.kernels",
     "contrastive_loss": "memopt.kernels",
     "fuse_loss": "memopt.integrations",
     "linear_cross_entropy": "memopt.kernels",
@@ -35,6 +36,7 @@ _ROOMS = ("integrations", "kernels", "offload", "optim", "planner")
 __all__ = [
     "__version__",
     "apply",
+    "chunked_loss",
     "contrastive_loss",
     "fuse_loss",
     "integrations",
