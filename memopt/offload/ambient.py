@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -54,19 +55,25 @@ def attributes_restored(block: nn.Module, training: bool) -> Iterator[None]:
 
     A forward may store tensors on its modules; what a replay stores there has no values and must not stay.
     """
-    modules = list(block.modules())
+    modules: list[nn.Module] = []
+    todo = [block]
+    while todo:
+        module = todo.pop()
+        modules.append(module)
+        todo.extend(child for child in module._modules.values() if child is not None)
     before = [dict(module.__dict__) for module in modules]
-    buffers = [dict(module._buffers) for module in modules]
+    buffers = [dict(module._buffers) if module._buffers else None for module in modules]
     try:
         if block.training != training:
             block.train(training)
         yield
     finally:
         for module, members, table in zip(modules, before, buffers, strict=True):
-            module._buffers.clear()
-            module._buffers.update(table)
+            if table is not None:
+                module._buffers.clear()
+                module._buffers.update(table)
             now = module.__dict__
-            if len(now) != len(members) or any(now.get(name) is not value for name, value in members.items()):
+            if now.keys() != members.keys() or not all(map(is_, now.values(), members.values())):
                 now.clear()
                 now.update(members)
 

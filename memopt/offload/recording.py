@@ -89,6 +89,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._keep_copies = keep_copies
         self._numbers: dict[int, tuple[int, StorageWeakRef]] = {}
         self._unwritten: set[Value] = set()
+        self._layouts: dict[Layout, Layout] = {}
         self._entries: list[Entry | None] = []
         self._generators: dict[int, torch.Generator] = {}
         self.generator_states: dict[int, Tensor] = {}
@@ -136,6 +137,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.template.opaque = self.template.opaque or "a kernel that writes behind PyTorch's back"
         return saved
 
+    def _layout(self, tensor: Tensor) -> Layout | None:
+        try:
+            layout = Layout.of(tensor)
+        except RuntimeError:
+            return None
+        return self._layouts.setdefault(layout, layout)
+
     def touched(self, tensor: Tensor) -> bool:
         """Whether any operation has read, written or made the storage of a tensor."""
         try:
@@ -158,7 +166,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = written_positions(func, args, kwargs, tensors)
         reads = tuple(self.value(tensor) for tensor in tensors)
         # Before it runs: an operation in place may change these.
-        shapes = tuple((t.shape, _strides(t), t.dtype) for t in tensors)
+        layouts = tuple(self._layout(t) for t in tensors)
         for position in written:
             self._about_to_write(reads[position], tensors[position])
         draws = self._draws_from(func, args, kwargs, tensors)
@@ -168,7 +176,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in dict.fromkeys(reads[position][0] for position in written):
             if storage >= 0:
                 self.template.versions[storage] += 1
-        self._note(func, args, consts, tensors, reads, shapes, written, output, random, offset)
+        self._note(func, args, consts, tensors, reads, layouts, written, output, random, offset)
         return output
 
     def _about_to_write(self, value: Value, tensor: Tensor) -> None:
@@ -211,7 +219,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         consts: list[Any],
         tensors: list[Tensor],
         reads: tuple[Value, ...],
-        shapes: Any,
+        layouts: tuple[Layout | None, ...],
         written: tuple[int, ...],
         output: Any,
         random: bool,
@@ -244,7 +252,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.template.ops.append(
             OpTemplate(
                 func,
-                shapes,
+                layouts,
                 consts,
                 reads,
                 outputs,
@@ -268,7 +276,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number = self.number(item, Kind.MADE)
         if number is None:
             return Output()
-        layout = Layout.of(item)
+        layout = self._layout(item)
         if number < known:
             for position, read in enumerate(reads):
                 if read[0] == number:
@@ -283,13 +291,6 @@ def _place(found: list[int], storage: int) -> int:
     if storage not in found:
         found.append(storage)
     return found.index(storage)
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    try:
-        return tuple(tensor.stride())
-    except RuntimeError:
-        return ()
 
 
 def copy_of_storage(tensor: Tensor) -> Tensor:

@@ -65,13 +65,15 @@ class Seen:
     __slots__ = ("key", "layout", "tensor")
 
     def __init__(self, tensor: Tensor, wanted: bool) -> None:
-        self.layout = Layout.of(tensor)
         self.key: Key | None = None
         self.tensor: Tensor | None = None
-        if isinstance(tensor, StandIn):
+        if type(tensor) is StandIn:
+            self.layout = tensor.laid
             self.key = (tensor.chain, tensor.chain.version)
-        elif wanted:
-            self.tensor = tensor
+        else:
+            self.layout = Layout.of(tensor)
+            if wanted:
+                self.tensor = tensor
 
 
 class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -137,7 +139,7 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._pretending:
-            return stand_in(Layout.of(args[0]), args[0].chain)
+            return stand_in(args[0].laid, args[0].chain)
         tensors, consts = operands_and_constants(args, kwargs)
         known = self._known(func, tensors, consts)
         if known is None and not self.eager and is_view(func) and any(isinstance(t, StandIn) for t in tensors):
@@ -155,10 +157,14 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.eager or self._position >= len(self._ops):
             return None
         known = self._ops[self._position]
-        if known.func is not func or len(tensors) != len(known.shapes) or consts != known.constants:
+        if known.func is not func or len(tensors) != len(known.layouts) or consts != known.constants:
             return None
-        for tensor, (shape, stride, dtype) in zip(tensors, known.shapes, strict=True):
-            if tensor.shape != shape or tensor.dtype != dtype or tensor.stride() != stride:
+        for tensor, layout in zip(tensors, known.layouts, strict=True):
+            if type(tensor) is StandIn and tensor.laid is layout:
+                continue
+            if layout is None or tensor.shape != layout.size or tensor.dtype != layout.dtype:
+                return None
+            if tensor.stride() != layout.stride:
                 return None
         return known
 
@@ -172,16 +178,7 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh: list[tuple[int, Chain]],
         random: bool,
     ) -> Node:
-        holes = []
-        mixed: list[Any] = []
-        for t in tensors:
-            if isinstance(t, StandIn):
-                hole = Hole((t.chain, t.chain.version), Layout.of(t))
-                holes.append(hole)
-                mixed.append(hole)
-            else:
-                mixed.append(t)
-        new_args, new_kwargs = with_operands(args, kwargs, mixed)
+        given = [Hole((t.chain, t.chain.version), t.laid) if type(t) is StandIn else t for t in tensors]
         changed: list[Key] = []
         for position in written:
             tensor = tensors[position]
@@ -191,7 +188,7 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ordinal = None
         if random:
             ordinal, self._ordinal = self._ordinal, self._ordinal + 1
-        node = Node(func, new_args, new_kwargs, holes, fresh, changed, ordinal)
+        node = Node(func, args, kwargs, given, fresh, changed, ordinal)
         self.tape.add(node)
         return node
 

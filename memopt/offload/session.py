@@ -53,7 +53,7 @@ class Sessions:
                 self._replay()
             assert self._tape is not None
             seen = self._seen[number] if number < len(self._seen) else None
-            if seen is None or seen.layout != expected:
+            if seen is None or (seen.layout is not expected and seen.layout != expected):
                 where, found = self.origin.where, "nothing" if seen is None else f"{seen.layout}"
                 self._close()
                 raise ReplayError(

@@ -16,6 +16,7 @@ class StandIn(Tensor):
     """Lies over a chain of the tape instead of a storage; only the replay that made it can work with it."""
 
     chain: Chain
+    laid: Layout
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -38,5 +39,5 @@ def stand_in(layout: Layout, chain: Chain) -> StandIn:
         dtype=layout.dtype,
         device=layout.device,
     )
-    made.chain = chain
+    made.chain, made.laid = chain, layout
     return made

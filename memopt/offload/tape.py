@@ -16,7 +16,7 @@ from torch import Tensor
 from memopt.offload.draws import Draws
 from memopt.offload.recording import copy_of_storage
 from memopt.offload.template import Layout
-from memopt.offload.trees import operands, with_operands
+from memopt.offload.trees import with_operands
 
 
 class Chain:
@@ -57,7 +57,13 @@ class Hole:
 
 
 class Node:
-    """One recorded operation: its arguments with holes, and the values that it makes, fresh or in place."""
+    """One recorded operation: its arguments with holes, and the values that it makes, fresh or in place.
+
+    Args:
+        args, kwargs: as they were given.
+        operands: the tensors among them, in order: real ones, and holes where they are values of the tape. A stand-in
+            must not stay: it leads to the replay's graph, whose hooks hold the replay: a cycle that nothing would free.
+    """
 
     __slots__ = ("args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "reads", "real", "written")
 
@@ -66,18 +72,20 @@ class Node:
         func: Any,
         args: Any,
         kwargs: dict[str, Any],
-        holes: list[Hole],
+        operands: list[Hole | Tensor],
         fresh: list[tuple[int, Chain]],
         written: list[Key],
         ordinal: int | None,
     ) -> None:
-        self.func, self.args, self.kwargs, self.holes = func, args, kwargs, holes
+        self.func = func
+        self.args, self.kwargs = with_operands(args, kwargs, operands)
+        self.holes = [one for one in operands if type(one) is Hole]
         self.fresh, self.written, self.ordinal = fresh, written, ordinal
         self.done = False
         # What it reads from outside must not change before it runs.
-        self.real = [(value, value._version) for value in operands(args, kwargs)]
+        self.real = [(one, one._version) for one in operands if isinstance(one, Tensor)]
         self.makes: list[Key] = [(chain, 0) for _, chain in fresh] + written
-        self.reads: list[Key] = [hole.key for hole in holes]
+        self.reads: list[Key] = [hole.key for hole in self.holes]
 
     def filled(self, tensors: Iterable[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Its arguments, the holes filled in order."""
@@ -227,5 +235,5 @@ class Tape:
             for chain, _ in node.makes:
                 chain.values.clear()
                 chain.loaders.clear()
-            node.args, node.kwargs, node.holes, node.real = (), {}, [], []
+            node.args, node.kwargs, node.holes, node.real = [], {}, [], []
         self.nodes.clear()

@@ -64,10 +64,10 @@ class Output:
 
 @dataclass(frozen=True)
 class OpTemplate:
-    """One operation as the first execution saw it."""
+    """One operation as the first execution saw it; equal layouts within a template are one object."""
 
     func: Any
-    shapes: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    layouts: tuple[Layout | None, ...]
     constants: list[Any]
     reads: tuple[Value, ...]
     outputs: tuple[Output, ...]

@@ -1,12 +1,11 @@
-"""Tensors inside arguments: found, and replaced, in one fixed order."""
+"""Tensors among an operator's arguments: found, and replaced, in one fixed order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 
 def operands(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -53,27 +52,3 @@ def operands_and_constants(args: Iterable[Any], kwargs: dict[str, Any]) -> tuple
         else:
             found.append(value)
     return tensors, [value for value in found if not isinstance(value, float)] if tensors else found
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor inside nested containers, and one level inside objects that are none."""
-    found: list[Tensor] = []
-    if type(value) is tuple and all(isinstance(item, Tensor) or item is None for item in value):
-        return [item for item in value if item is not None]
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not callable(leaf):
-            found.extend(item for item in pytree.tree_leaves(dict(vars(leaf))) if isinstance(item, Tensor))
-    return found
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same containers with ``function`` of every tensor."""
-    if type(value) is tuple:
-        return tuple(map_tensors(function, item) for item in value)
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else function(value)
-    if value == {}:
-        return {}
-    return pytree.tree_map_only(Tensor, function, value)
