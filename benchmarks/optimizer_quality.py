@@ -1,7 +1,7 @@
 """What low-bit states cost in quality: least squares, heavy-tailed gradients, and a byte-level GPT.
 
-    python -m benchmarks.optimizer_quality                            # the two probes, seconds
-    python -m benchmarks.optimizer_quality --train demo bf16 long     # the GPT's runs, hours on two cores
+    python -m benchmarks.optimizer_quality                            # the two probes, and the training runs kept
+    python -m benchmarks.optimizer_quality --train demo bf16 long     # the GPT's runs first, hours on two cores
     python -m benchmarks.optimizer_quality --states fp32 8bit         # these formats only
 
 Training runs are kept one by one in the file that ``--runs`` names, and those it holds are not run again.
@@ -15,14 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import optimizer_training
+from benchmarks.results import save
 from memopt.optim import AdamW
 from memopt.optim.formats import names
 
 LR = 1e-2
+RUNS = Path(__file__).parent / "results" / "optimizer-quality-runs.json"
+NOTE = (
+    "`python -m benchmarks.optimizer_quality --train demo small bf16 long --save`; AdamW; ratios of mean losses over "
+    "seeds with the same data and first weights; the GPT of examples/gpt.py (6 layers of width 512 unless said), "
+    "lr 1e-3, warm-up over a tenth, cosine to 0, matrix products in bf16; bf16 parameters round stochastically."
+)
 
 
 def least_squares(state: str, seed: int, lr: float = LR, steps: int = 300) -> float:
@@ -73,25 +82,32 @@ def probes(formats: list[str] | None) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_probes(found: dict[str, dict[str, float]]) -> None:
-    """The probes as a table."""
-    print(f"{'state':14}{'least squares lr 1e-2':>23}{'3e-3':>8}{'heavy tails mean/lr':>22}{'max/lr':>8}")
-    for state, row in found.items():
-        print(
-            f"{state:14}{row['least_squares_0.01']:23.3f}{row['least_squares_0.003']:8.3f}"
-            f"{row['heavy_tails_mean_lr']:22.3f}{row['heavy_tails_max_lr']:8.1f}"
+def rows_of(found: dict[str, dict[str, float]], training: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per recipe and format: ratios to fp32 states, or for heavy tails distances in units of lr."""
+    titles = {
+        "heavy_tails_mean_lr": "heavy tails, mean distance / lr",
+        "heavy_tails_max_lr": "heavy tails, largest / lr",
+    }
+    titles |= {f"least_squares_{lr}": f"least squares, lr {lr}, final loss / fp32" for lr in ("0.01", "0.003")}
+    rows = [
+        {"run": title, "state": state, "seeds": 3 if "heavy" in key else 5, "figure": round(row[key], 4)}
+        for key, title in titles.items()
+        for state, row in found.items()
+    ]
+    for row in training:
+        case = optimizer_training.CASES[row["case"]]
+        rows.append(
+            {
+                "run": f"GPT, {case.title}: last {optimizer_training.LAST_STEPS} losses / fp32",
+                "state": row["state"],
+                "seeds": row["seeds"],
+                "figure": round(row["final_loss_ratio"], 4),
+                "held-out loss / fp32": round(row["held_out_loss_ratio"], 4),
+                "loss": round(row["final_loss"], 4),
+                "each seed": " ".join(f"{ratio:.4f}" for ratio in row["final_loss_ratios"]),
+            }
         )
-
-
-def print_training(rows: list[dict[str, Any]]) -> None:
-    """The GPT's runs as a table."""
-    print(f"{'recipe':8}{'state':14}{'seeds':>6}{'final loss':>12}{'ratio':>9}{'held-out':>10}{'ratio':>9}  per seed")
-    for row in rows:
-        each = " ".join(f"{ratio:.4f}" for ratio in row["final_loss_ratios"])
-        print(
-            f"{row['case']:8}{row['state']:14}{row['seeds']:6}{row['final_loss']:12.4f}{row['final_loss_ratio']:9.4f}"
-            f"{row['held_out_loss']:10.4f}{row['held_out_loss_ratio']:9.4f}  {each}"
-        )
+    return rows
 
 
 def main() -> None:
@@ -99,16 +115,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", nargs="+", choices=names(), default=list(names()))
     parser.add_argument("--train", nargs="+", choices=list(optimizer_training.CASES), default=[])
-    parser.add_argument("--runs", type=Path, default=Path("optimizer-quality-runs.json"), help="kept training runs")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where training runs are kept")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", action="store_true", help="the tables under benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if not options.train:
-        print_probes(probes(options.states))
     for one in optimizer_training.run(options.train, options.states, options.runs):
         print(f"{one['case']} {one['state']} seed {one['seed']}: {one['final_loss']:.4f}", flush=True)
-    if options.runs.exists():
-        print_training(optimizer_training.summary(optimizer_training.load(options.runs)))
+    kept = optimizer_training.load(options.runs)
+    rows = rows_of(probes(options.states), optimizer_training.summary(kept))
+    table = Table(title="Optimizer states in few bits against fp32 states", title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console(width=200).print(table)
+    if options.save:
+        print(*save("optimizer-quality", str(table.title), rows, [NOTE]))
 
 
 if __name__ == "__main__":

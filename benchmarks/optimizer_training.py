@@ -91,6 +91,7 @@ def train(case: Case, state: str, seed: int) -> dict[str, float]:
 
 def run(names: list[str], states: list[str], file: Path) -> Iterator[dict[str, Any]]:
     """Every run that ``file`` does not hold yet, seed by seed; each is added to the file when it ends, then given."""
+    file.parent.mkdir(exist_ok=True)
     done = load(file)
     for name in names:
         case = CASES[name]
