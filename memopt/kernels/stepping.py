@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from memopt.kernels.codecs import Codec, get_codec
 from memopt.kernels.request import StepRequest, Stored, check
 from memopt.kernels.strided import Runner, run_contiguous
 from memopt.kernels.update import Update
+
+if TYPE_CHECKING:
+    from memopt.kernels.native.step import Launch
 
 
 def step(
@@ -53,6 +57,34 @@ def step(
     All arithmetic is float32. Nothing is changed when an argument is refused. Results do not depend on the number of
     threads, nor on how rows are sharded.
     """
+    options: dict[str, Any] = {
+        "numbers": numbers,
+        "offsets": offsets,
+        "roundings": roundings,
+        "param_rounding": param_rounding,
+    }
+    request = step_request(update, params, grads, states, codecs, scalars, seed=seed, step=step, **options)
+    if not params:
+        return {name: torch.zeros(0) for name in update.reductions}
+    return run_contiguous(request, _runner(choose_backend(params[0].device)))
+
+
+def step_request(
+    update: Update,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Stored]],
+    codecs: Sequence[Codec | str | None],
+    scalars: Mapping[str, float],
+    *,
+    seed: int = 0,
+    step: int = 0,
+    numbers: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    roundings: Sequence[str | None] | None = None,
+    param_rounding: str = "nearest",
+) -> StepRequest:
+    """The checked arguments of :func:`step`."""
     chosen = tuple(None if c is None else get_codec(c) for c in codecs)
     given = tuple(roundings) if roundings is not None else (None,) * len(chosen)
     request = StepRequest(
@@ -70,9 +102,27 @@ def step(
         param_rounding=param_rounding,
     )
     check(request)
-    if not params:
-        return {name: torch.zeros(0) for name in update.reductions}
-    return run_contiguous(request, _runner(choose_backend(params[0].device)))
+    return request
+
+
+def prepare(request: StepRequest, owners: Sequence[Tensor], memory: Sequence[Tensor]) -> Launch | None:
+    """A step checked once, to be repeated with other gradients, scalars, seeds and step numbers.
+
+    Args:
+        request: from :func:`step_request`.
+        owners: the tensors whose memory the request's parameters are; those may be views of them.
+        memory: the tensors that its states are made of: for each state, for each parameter, its codes and scales, or
+            the plain one.
+
+    Returns:
+        What carries the step out (:meth:`memopt.kernels.native.step.Launch.run`); None where every step must be
+        checked anew: on a GPU, in plain torch, for tensors that are not contiguous.
+    """
+    if not request.params or choose_backend(request.params[0].device) != "native":
+        return None
+    from memopt.kernels.native.step import prepare as native
+
+    return native(request, owners, memory)
 
 
 def _runner(backend: str) -> Runner:

@@ -13,6 +13,7 @@ from memopt.optim import checkpoint, checks, kahan, sharding
 from memopt.optim.batch import Batch, Slot
 from memopt.optim.coverage import All, Coverage
 from memopt.optim.formats import StateFormat, format_for, get_format
+from memopt.optim.gathering import Gathering
 from memopt.optim.layout import Extent, is_flat
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
@@ -42,6 +43,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     elementwise: ClassVar[bool] = True  # whether the update of an element looks at that element alone
     coverage: Coverage = All()
     numbering: Mapping[Tensor, int] | None = None  # positions of parameters, where not that in the groups
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets the two tensors below for the time of a step
+    grad_scale: Tensor | None  # what gradients were multiplied by
+    found_inf: Tensor  # above 0 where one of them is not finite
 
     def __init__(
         self,
@@ -64,10 +68,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         }
         self._check_options(defaults)
         defaults["state"] = get_format(state).name
+        self._gathering = Gathering()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._gathering = Gathering()
         self.defaults.pop("differentiable", None)  # torch adds it, for optimizers that can be differentiated through
 
     def check(self, group: Mapping[str, Any]) -> None:
@@ -129,16 +135,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = self._batches()
-        if self._skips(batches):
+        if self._found_inf():
             return loss
+        batches = self._gathering.batches(self)
+        if not self._skips(batches):
+            for batch in batches:
+                for slot in batch.slots:
+                    slot.stored["step"] = batch.step
+                self.update(batch)
+                for param, slot in zip(batch.params, batch.slots, strict=True):
+                    if slot.param is not param:
+                        sharding.scatter(slot.param, param)
         for batch in batches:
-            for slot in batch.slots:
-                slot.stored["step"] = batch.step
-            self.update(batch)
-            for param, slot in zip(batch.params, batch.slots, strict=True):
-                if slot.param is not param:
-                    sharding.scatter(slot.param, param)
+            batch.forget()
         return loss
 
     def state_bytes(self) -> int:
@@ -159,6 +168,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             ValueError: another rule, format, version or shape; the message says what differs and nothing is loaded.
         """
         checkpoint.load(self, state_dict)
+
+    def grad_factor(self, group: Mapping[str, Any]) -> float:
+        """What rules multiply gradients by: -1 to maximise, over the scale of a ``GradScaler``."""
+        sign = -1.0 if group["maximize"] else 1.0
+        scale = getattr(self, "grad_scale", None)
+        return sign if scale is None else sign / float(scale)
+
+    def _found_inf(self) -> bool:
+        return float(getattr(self, "found_inf", 0.0)) > 0
 
     def _skips(self, batches: list[Batch]) -> bool:
         grads = [
@@ -195,43 +213,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What states start from where that is not 0."""
         return {}
 
-    def _initialise(self, slot: Slot, group: Mapping[str, Any]) -> None:
+    def initialise(self, slot: Slot, group: Mapping[str, Any]) -> None:
+        """Allocate the states of a parameter that has none."""
         values = self.initial_values(group)
         for spec in slot.specs:
             slot.write(spec, values.get(spec.name, 0.0))
         slot.stored["step"] = 0
-
-    def _batches(self) -> list[Batch]:
-        """Parameters with gradients, gathered into as few batches as their differences allow."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} got a sparse gradient for a parameter of shape {tuple(param.shape)}; "
-                        "it takes dense gradients (for an embedding, sparse=False)"
-                    )
-        batches: dict[tuple[Any, ...], Batch] = {}
-        count = -1
-        for index, group in enumerate(self.param_groups):
-            grad_scale = -1.0 if group["maximize"] else 1.0
-            for param in group["params"]:
-                count += 1
-                number = count if self.numbering is None else self.numbering[param]
-                grad = param.grad
-                if grad is None or not self.coverage.covers(number, param):
-                    continue
-                slot = self.slot(number, group, param, self.state[param])
-                if "step" not in slot.stored:
-                    self._initialise(slot, group)
-                if slot.param is not param:
-                    slot.param, grad = sharding.gather(param), sharding.gather(grad)
-                step = slot.stored["step"] + 1
-                names = tuple([spec.name for spec in slot.specs])
-                key = (index, step, names, slot.format.name, param.dtype, grad.dtype, param.device)
-                batch = batches.get(key)
-                if batch is None:
-                    batch = batches[key] = Batch(group, step, grad_scale)
-                batch.params.append(param)
-                batch.slots.append(slot)
-                batch.grads.append(grad)
-        return list(batches.values())

@@ -242,6 +242,24 @@ def test_bad_input_changes_nothing() -> None:
     assert step(ADAMW, [], [], [[], []], [None, None], SCALARS) == {}
 
 
+def test_torch_does_all_of_a_step_whose_kernels_cannot_all_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters of two dtypes need two kernels; without one of them nothing is updated twice."""
+    from memopt.kernels.native import step as native
+
+    def train(backend: str) -> list[Tensor]:
+        monkeypatch.setenv("MEMOPT_KERNELS", backend)
+        generator = torch.Generator().manual_seed(5)
+        params = [torch.randn(4, 300, generator=generator).to(dtype) for dtype in (F32, BF16, F32)]
+        grads = [torch.randn(4, 300, generator=generator) for _ in params]
+        states = [[torch.zeros(4, 300) for _ in params] for _ in range(2)]
+        step(ADAMW, params, grads, states, [None, None], SCALARS)
+        return [*params, *states[0], *states[1]]
+
+    wanted, build = train("torch"), native._kernel
+    monkeypatch.setattr(native, "_kernel", lambda kind: None if kind.param == BF16 else build(kind))
+    assert all(torch.equal(x, y) for x, y in zip(train("native"), wanted, strict=True))
+
+
 def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMOPT_KERNELS", "cuda")
     with pytest.raises(ValueError, match="torch, triton, native"):

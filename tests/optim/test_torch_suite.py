@@ -15,12 +15,24 @@ import torch
 import memopt.optim as room
 from tests.optim.training import copies, gradients, largest_difference, parameters, run
 
-if importlib.util.find_spec("expecttest") is None:  # torch's module takes a base class of its own tests from it
-    _stand_in = types.ModuleType("expecttest")
-    _stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
-    sys.modules["expecttest"] = _stand_in
 
-from torch.testing._internal.common_optimizers import optim_db
+def _optim_db() -> list[Any]:
+    """torch's table of optimizers and their inputs.
+
+    Its module imports ``expecttest``, which torch does not require and the table does not use: where it is missing, an
+    empty one stands in while the import lasts, and no other module sees it.
+    """
+    missing = importlib.util.find_spec("expecttest") is None
+    if missing:
+        sys.modules["expecttest"] = stand_in = types.ModuleType("expecttest")
+        stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
+    try:
+        from torch.testing._internal.common_optimizers import optim_db
+    finally:
+        if missing:
+            del sys.modules["expecttest"]
+    return optim_db
+
 
 IGNORED = ("foreach", "fused", "capturable", "differentiable")
 RULES = [
@@ -30,7 +42,7 @@ RULES = [
 
 def _inputs() -> list[Any]:
     found = []
-    for info in optim_db:
+    for info in _optim_db():
         name = info.optim_cls.__name__
         if name not in RULES:
             continue
@@ -161,6 +173,43 @@ class TestBehaviours:
         lost = ~finite[1][0] & finite[0][0]
         assert int(lost.sum()) <= 255
         assert int(lost.any(1).sum()) <= 1
+
+    def test_grad_scaler_divides_in_the_pass_and_skips_what_overflows(self, rule: str, state: str) -> None:
+        """The values of a run on plain gradients, bit for bit: scales are powers of two; gradients are left alone."""
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        params, others = parameters(_shapes(state)), parameters(_shapes(state))
+        ours, plain = _make(rule, params, state=state), _make(rule, others, state=state)
+        for step in range(4):
+            gradients(params, step)
+            gradients(others, step)
+            scale = scaler.scale(torch.ones(())).item()
+            for param in params:
+                param.grad *= scale
+            if step == 1:
+                params[1].grad[0, 0] = torch.inf
+            else:
+                plain.step()
+            if step == 3:
+                scaler.unscale_(ours)
+            before = params[0].grad.clone()
+            scaler.step(ours)
+            scaler.update()
+            assert torch.equal(params[0].grad, before)
+        assert all(torch.equal(x, y) for x, y in zip(params, others, strict=True))
+
+    def test_nonfinite_gradients_can_skip_the_step(self, rule: str, state: str) -> None:
+        params = parameters(_shapes(state))
+        optimizer = _make(rule, params, state=state, skip_nonfinite=True)
+        run(optimizer, 1)
+        before, kept = copies(params), copy.deepcopy(optimizer.state_dict()["state"])
+        for value in (torch.nan, -torch.inf):
+            gradients(params, 1)
+            params[1].grad[3, 4] = value
+            optimizer.step()
+        assert all(torch.equal(x, y) for x, y in zip(params, before, strict=True))
+        assert optimizer.param_groups[0]["skipped_steps"] == 2
+        for number, stored in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, kept[number][name]) for name, value in stored.items())
 
 
 def test_sparse_and_complex_are_refused_by_every_rule() -> None:

@@ -7,7 +7,7 @@ struct Stored {
 struct Task {           // one parameter; all fields are 8 bytes wide
     int64_t rows, cols, flat;
     uint64_t start;     // global index of the first element
-    uint64_t key;       // from seed, step and parameter number
+    uint64_t key;       // the parameter's number; while it is worked on, with seed and step mixed in
     char* param;
     const char* grad;
     Stored state[N_STATES ? N_STATES : 1];
@@ -18,8 +18,8 @@ INLINE vf first_lanes(vf x, int n) { return as_f(as_u(x) & (vu)(lanes() < splat_
 
 static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float* uniforms, double* sums);
 
-// sums: one row of N_SUMS doubles for every task
-extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, double* sums, int threads) {
+// sums: one row of N_SUMS doubles for every task; step_key: from seed and step
+extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, double* sums, uint64_t step_key, int threads) {
     const int64_t AIM = 32768;  // elements in one piece of work
     int64_t* first = new int64_t[count + 1];
     first[0] = 0;
@@ -39,7 +39,8 @@ extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, dou
             (first[middle] <= piece ? low : high) = middle;
         }
         while (first[low + 1] <= piece) low++;
-        const Task& t = tasks[low];
+        Task t = tasks[low];
+        t.key = mix64(step_key ^ t.key);
         int64_t in_row = blocks_in_row(t, TILE), each = t.cols < TILE ? t.cols : TILE;
         int64_t per = AIM / each > 0 ? AIM / each : 1, tiles = t.rows * in_row;
         int64_t begin = (piece - first[low]) * per, end = begin + per < tiles ? begin + per : tiles;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,31 +18,101 @@ from memopt.kernels.expr import Expr
 from memopt.kernels.native.cpp import evaluate
 from memopt.kernels.native.step_source import StepKind, step_source
 from memopt.kernels.quantized import Quantized
-from memopt.kernels.request import StepRequest, mark_written
+from memopt.kernels.request import StepRequest, Stored, mark_written
 
 _Kernel = tuple[Callable[..., None], list[Expr]]
+_Types = tuple[torch.dtype, torch.dtype, tuple[Any, ...]]
+_GRAD = 6  # the place of the gradient's address in a row of the table
 
 
 def run(request: StepRequest) -> dict[str, Tensor]:
-    """Carries the step out; the torch implementation does it where the kernel cannot be built."""
+    """Carries the step out; the torch implementation does all of it where one of its kernels cannot be built."""
+    groups: dict[_Types, list[int]] = {}
+    for i in range(len(request.params)):
+        groups.setdefault(_types(request, i), []).append(i)
+    kernels = [_kernel(_kind(request, types)) for types in groups]
+    if None in kernels:
+        return step_torch.run(request)
     request, late = _in_order(request)
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, p in enumerate(request.params):
-        plain = tuple(s[i].dtype if c is None else c for s, c in zip(request.states, request.codecs, strict=True))  # type: ignore[union-attr]
-        groups.setdefault((p.dtype, request.grads[i].dtype, plain), []).append(i)
     sums = torch.zeros(len(request.params), len(request.update.reductions), dtype=torch.float64)
-    for (param, grad, stored), members in groups.items():
-        kind = StepKind(request.update, param, grad, stored, request.roundings, request.param_rounding)
-        kernel = _kernel(kind)
-        if kernel is None:
-            totals = step_torch.run(request)
-            break
-        sums[members] = _launch(kernel, request, members)
-    else:
-        totals = {name: sums[:, k].float() for k, name in enumerate(request.update.reductions)}
+    for kernel, members in zip(kernels, groups.values(), strict=True):
+        assert kernel is not None
+        table = array("q", [field for i in members for field in _row(request, i)])
+        key = hashing.step_key(request.seed, request.step)
+        sums[members] = _call(kernel, table, len(members), request.scalars, key, len(request.update.reductions))
+        mark_written(request, members)
     for tensor, copy in late:
         tensor.copy_(copy)
-    return totals
+    return {name: sums[:, k].float() for k, name in enumerate(request.update.reductions)}
+
+
+class Launch:
+    """A checked step of which only the gradients and the numbers change from call to call; it holds no tensor.
+
+    Args:
+        request: a checked step on contiguous tensors, alike in their types.
+        kernel: the kernel for it.
+        params: whose memory the request's parameters are.
+        memory: the tensors of the states: for each state, for each parameter, its codes and scales, or the plain one.
+    """
+
+    def __init__(self, request: StepRequest, kernel: _Kernel, params: Sequence[Tensor], memory: Sequence[Tensor]):
+        self._kernel, self._names, self._count = kernel, request.update.reductions, len(params)
+        rows = [_row(request, i) for i in range(self._count)]
+        self._width = len(rows[0])
+        self._table = array("q", [field for row in rows for field in row])
+        self._addresses = [t.data_ptr() for t in (*params, *memory)]
+        self._param_type, self._grad_type = params[0].dtype, request.grads[0].dtype
+        self._shapes = [p.shape for p in params]
+        *states, param = request.update.writes()
+        self._written = [param] * self._count
+        for stored, written in zip(request.states, states, strict=True):
+            self._written += [written] * (self._count * (2 if isinstance(stored[0], Quantized) else 1))
+
+    def run(
+        self,
+        params: Sequence[Tensor],
+        memory: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        scalars: Mapping[str, float],
+        seed: int,
+        step: int,
+    ) -> dict[str, Tensor] | None:
+        """Carries the step out and returns its reductions; None, with nothing done, where anything but values is no
+        longer as it was prepared."""
+        held = [*params, *memory]
+        if (
+            [t.data_ptr() for t in held] != self._addresses
+            or [p.shape for p in params] != self._shapes
+            or not all(p.dtype is self._param_type and p.is_contiguous() for p in params)
+            or [g.shape for g in grads] != self._shapes
+            or not all(g.dtype is self._grad_type and g.is_contiguous() and g.is_cpu for g in grads)
+        ):
+            return None
+        self._table[_GRAD :: self._width] = array("q", [g.data_ptr() for g in grads])
+        key = hashing.step_key(seed, step)
+        sums = _call(self._kernel, self._table, self._count, scalars, key, len(self._names))
+        torch.autograd.graph.increment_version([t for t, w in zip(held, self._written, strict=True) if w])
+        return {name: sums[:, k].float() for k, name in enumerate(self._names)}
+
+
+def prepare(request: StepRequest, params: Sequence[Tensor], memory: Sequence[Tensor]) -> Launch | None:
+    """What repeats a checked step; None where it must go the long way every time."""
+    types = {_types(request, i) for i in range(len(request.params))}
+    tensors = [*params, *request.grads, *memory]
+    if len(types) != 1 or not all(t.is_contiguous() and t.is_cpu for t in tensors):
+        return None
+    kernel = _kernel(_kind(request, types.pop()))
+    return None if kernel is None else Launch(request, kernel, params, memory)
+
+
+def _types(request: StepRequest, i: int) -> _Types:
+    stored = tuple(s[i].dtype if c is None else c for s, c in zip(request.states, request.codecs, strict=True))  # type: ignore[union-attr]
+    return request.params[i].dtype, request.grads[i].dtype, stored
+
+
+def _kind(request: StepRequest, types: _Types) -> StepKind:
+    return StepKind(request.update, *types, request.roundings, request.param_rounding)
 
 
 def _in_order(request: StepRequest) -> tuple[StepRequest, list[tuple[Tensor, Tensor]]]:
@@ -74,39 +144,44 @@ def _kernel(kind: StepKind) -> _Kernel | None:
     if library is None:
         return None
     function = library.run
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    function.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.c_int,
+    ]
     function.restype = None
     return function, uniforms
 
 
-def _launch(kernel: _Kernel, request: StepRequest, members: list[int]) -> Tensor:
+def _call(
+    kernel: _Kernel, table: array[int], count: int, scalars: Mapping[str, float], key: int, reductions: int
+) -> Tensor:
     function, uniforms = kernel
-    values = array("f", [evaluate(u, request.scalars) for u in uniforms] or [0.0])
-    fields: list[int] = []
-    for i in members:
-        fields += _task(request, i)
-    table = array("q", fields)
-    sums = torch.zeros(len(members), len(request.update.reductions), dtype=torch.float64)
-    function(table.buffer_info()[0], len(members), values.buffer_info()[0], sums.data_ptr(), native_build.threads())
-    mark_written(request, members)
+    values = array("f", [evaluate(u, scalars) for u in uniforms] or [0.0])
+    sums = torch.zeros(count, reductions, dtype=torch.float64)
+    function(table.buffer_info()[0], count, values.buffer_info()[0], sums.data_ptr(), key, native_build.threads())
     return sums
 
 
-def _task(request: StepRequest, i: int) -> list[int]:
+def _row(request: StepRequest, i: int) -> list[int]:
+    """A ``Task`` of step.hpp."""
     p = request.params[i]
     flat = p.dim() < 2
     rows, cols = (1, p.numel()) if flat else (p.shape[0], p.numel() // max(p.shape[0], 1))
     if cols == 0:
         rows = 0
-    key = hashing.base_key(request.seed, request.step, request.numbers[i])
-    fields = [rows, max(cols, 1), int(flat), request.offsets[i], key - (1 << 64) if key >> 63 else key]
+    number = request.numbers[i] & hashing.MASK64
+    fields = [rows, max(cols, 1), int(flat), request.offsets[i], number - (1 << 64) if number >> 63 else number]
     fields += [p.data_ptr(), request.grads[i].data_ptr()]
     for stored in request.states:
-        state = stored[i]
-        if isinstance(state, Quantized):
-            fields += [state.codes.data_ptr(), state.scales.data_ptr()]
-        else:
-            fields += [state.data_ptr(), 0]
-    if not request.states:
-        fields += [0, 0]
-    return fields
+        fields += _addresses(stored[i])
+    return fields if request.states else [*fields, 0, 0]
+
+
+def _addresses(state: Stored) -> tuple[int, int]:
+    if isinstance(state, Quantized):
+        return state.codes.data_ptr(), state.scales.data_ptr()
+    return state.data_ptr(), 0

@@ -133,7 +133,7 @@ class AdamMini(RuleOptimizer):
                 continue
             blocks = grad.reshape(moment.numel(), -1)
             mean = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32).square_().div_(blocks.shape[1])
-            moment.mul_(scalars["beta2"]).add_(mean, alpha=scalars["beta2_comp"])
+            moment.mul_(scalars["beta2"]).add_(mean, alpha=scalars["beta2_comp"] * batch.grad_scale**2)
             root = moment.sqrt().mul_(scalars["sqrt_bias2_inv"]).add_(scalars["eps"])
             if root.numel() > 1:
                 root = root.repeat_interleave(grad.shape[0] // root.numel())
@@ -149,6 +149,8 @@ class AdamMini(RuleOptimizer):
         block = torch.arange(first, first + grad.shape[0], device=grad.device) * count // rows
         squares = torch.linalg.vector_norm(grad.reshape(grad.shape[0], row_size), dim=1, dtype=torch.float32).square_()
         sums = sharding.reduce_sum(torch.zeros_like(moment).index_add_(0, block, squares), slot.param)
-        moment.mul_(scalars["beta2"]).add_(sums, alpha=scalars["beta2_comp"] * count / slot.extent.numel)
+        moment.mul_(scalars["beta2"]).add_(
+            sums, alpha=scalars["beta2_comp"] * scalars["grad_scale"] ** 2 * count / slot.extent.numel
+        )
         root = moment.sqrt().mul_(scalars["sqrt_bias2_inv"]).add_(scalars["eps"])
         return root[block].view(-1, *([1] * (grad.dim() - 1))).expand(grad.shape)

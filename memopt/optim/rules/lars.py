@@ -85,7 +85,7 @@ class LARS(RuleOptimizer):
         sums = batch.run(NORMS, {})
         pairs = zip(sums["param_sq"].tolist(), sums["grad_sq"].tolist(), strict=True)
         for one, (param_sq, grad_sq) in zip(batch.each(), pairs, strict=True):
-            norm, grad_norm = math.sqrt(param_sq), math.sqrt(grad_sq)
+            norm, grad_norm = math.sqrt(param_sq), math.sqrt(grad_sq) * abs(batch.grad_scale)
             ratio = 1.0
             if norm > 0 and grad_norm > 0:
                 ratio = group["trust"] * norm / (grad_norm + scalars["l2"] * norm + group["eps"])
