@@ -54,7 +54,6 @@ def wrap(
     """
     from memopt.offload import apply
     from memopt.optim import make
-    from memopt.planner import format_bytes, plan, trace
 
     built: Optimizer
     if isinstance(optimizer, str):
@@ -66,8 +65,31 @@ def wrap(
         )
     else:
         built = optimizer
+    chosen = plan_within(budget, model, inputs, built, hardware=hardware, loss_fn=loss_fn)
+    apply(model, chosen)
+    return model, built, chosen
+
+
+def plan_within(
+    budget: int | str,
+    model: nn.Module,
+    inputs: Any,
+    optimizer: Optimizer | None,
+    *,
+    hardware: str | Hardware = "auto",
+    loss_fn: Callable[..., Tensor] | None = None,
+    accumulate: int = 1,
+) -> Plan:
+    """Trace one step and plan it; the arguments are those of :func:`wrap` and ``memopt.trace``.
+
+    Raises:
+        DoesNotFitError: nothing fits; the message names the smallest budget that would.
+        ValueError: see :func:`wrap`.
+    """
+    from memopt.planner import format_bytes, plan, trace
+
     on = "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu"
-    traced = trace(model, inputs, loss_fn=loss_fn, optimizer=built, device=on)
+    traced = trace(model, inputs, loss_fn=loss_fn, optimizer=optimizer, device=on, accumulate=accumulate)
     chosen = plan(traced, budget=budget, hardware=hardware)
     if chosen.smallest_budget_bytes is not None:
         raise DoesNotFitError(
@@ -76,5 +98,4 @@ def wrap(
             f"{chosen.binding}",
             chosen,
         )
-    apply(model, chosen)
-    return model, built, chosen
+    return chosen

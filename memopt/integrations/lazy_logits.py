@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from memopt.kernels import linear_cross_entropy
 from memopt.kernels.losses.checks import autocast_off
+from memopt.kernels.losses.problem import values_unknown
+from memopt.kernels.losses.settings import DEFAULT_CHUNK_BYTES
 
 Call = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
 
@@ -161,10 +163,12 @@ class LazyLogits(Tensor):
         scale = terms.scale if terms.cap is None else terms.scale * terms.cap
         options = {**options, **self._source.options, "softcap": terms.cap}
         autocast = torch.is_autocast_enabled(self.device.type) and self.dtype in (torch.float16, torch.bfloat16)
+        aside = _rows_aside(terms, target, options.get("chunk_bytes"))
         with autocast_off(self.device):
             loss: Tensor = linear_cross_entropy(
                 terms.hidden, terms.weight, target, terms.bias, logit_scale=scale, **options
             )
+        del aside
         return loss.to(torch.float32 if autocast else self.dtype)
 
     @classmethod
@@ -264,6 +268,19 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def _rows_aside(terms: Terms, target: Tensor, chunk_bytes: int | None) -> Tensor | None:
+    """For a trace: the copies that the loss makes of the rows that count and of their gradient, a chunk of each.
+
+    It makes none where all rows count, and a trace cannot know. But the labels that models shift by themselves ignore
+    the last position of every sequence.
+    """
+    if not values_unknown(target):
+        return None
+    rows, (V, H) = terms.hidden.shape[0], terms.weight.shape
+    chunk = (chunk_bytes or DEFAULT_CHUNK_BYTES) // ((V + 2 * H) * terms.hidden.element_size())
+    return terms.hidden.new_empty(2, max(1, min(rows, chunk)), H)
 
 
 def _replay(value: Tensor, calls: tuple[Call, ...]) -> Tensor:

@@ -70,17 +70,8 @@ def _spellings() -> dict[str, tuple[str, str | None]]:
     return found
 
 
-def make(name: str, params: Iterable[Tensor] | Iterable[dict[str, Any]], **options: Any) -> RuleOptimizer:
-    """An optimizer by name, as ``memopt.wrap`` and the command line take it.
-
-    ``"adamw8bit"``, ``"lion4bit"``, ``"sgdbf16"``, ``"adamw8bit-dynamic"``: rule and format in one word, in any case,
-    with or without ``_`` or a blank between them. A rule alone (``"adamw"``) keeps fp32 states, unless ``state=`` is
-    among the options.
-
-    Args:
-        name: rule and format.
-        params: what the optimizer's constructor takes: parameters, or groups of them.
-        **options: the rule's own options (``lr``, ``betas``, ...).
+def by_name(name: str) -> tuple[type[RuleOptimizer], dict[str, Any]]:
+    """The class that a name such as ``"adamw8bit"`` stands for, and the options that it implies; see :func:`make`.
 
     Raises:
         ValueError: no such optimizer; the message lists the choices and close matches.
@@ -96,6 +87,23 @@ def make(name: str, params: Iterable[Tensor] | Iterable[dict[str, Any]], **optio
             f"each may be followed by a state format: {', '.join(formats.names())}"
         )
     class_name, state = known[spelled]
-    if state is not None:
-        options = {"state": state, **options}
-    return optimizers()[class_name](params, **options)
+    return optimizers()[class_name], {} if state is None else {"state": state}
+
+
+def make(name: str, params: Iterable[Tensor] | Iterable[dict[str, Any]], **options: Any) -> RuleOptimizer:
+    """An optimizer by name, as ``memopt.wrap`` and the command line take it.
+
+    ``"adamw8bit"``, ``"lion4bit"``, ``"sgdbf16"``, ``"adamw8bit-dynamic"``: rule and format in one word, in any case,
+    with or without ``_`` or a blank between them. A rule alone (``"adamw"``) keeps fp32 states, unless ``state=`` is
+    among the options.
+
+    Args:
+        name: rule and format.
+        params: what the optimizer's constructor takes: parameters, or groups of them.
+        **options: the rule's own options (``lr``, ``betas``, ...).
+
+    Raises:
+        ValueError: no such optimizer; the message lists the choices and close matches.
+    """
+    kind, implied = by_name(name)
+    return kind(params, **{**implied, **options})

@@ -1,0 +1,177 @@
+"""transformers' Trainer and accelerate with memopt: half the memory on real text, equal losses, a bitwise resume."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memopt
+from examples.gpt import read_text
+from memopt.integrations import MemoptCallback, equip
+from memopt.optim import AdamW8bit, Lion
+from memopt.wrapping import DoesNotFitError
+from tests.integrations.causal_models import transformers
+
+T, STEPS, SAVED = 128, 10, 5
+TEXT = read_text(None, limit_bytes=2**17)
+ROWS = [{"input_ids": row, "labels": row} for row in TEXT[: len(TEXT) // T * T].view(-1, T).long()]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks the old name
+
+
+def llama(layers: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": layers}
+    config = transformers.LlamaConfig(vocab_size=256, max_position_embeddings=T, **sizes)
+    return transformers.LlamaForCausalLM(config)
+
+
+def made(folder: Path, model: nn.Module, callbacks: Any = None, optimizers: Any = (None, None), **options: Any) -> Any:
+    usual = {"per_device_train_batch_size": 8, "max_steps": STEPS, "learning_rate": 3e-3, "logging_steps": 1}
+    usual |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    arguments = transformers.TrainingArguments(str(folder), **{**usual, "save_strategy": "no", **options})
+    return transformers.Trainer(model, arguments, train_dataset=ROWS, callbacks=callbacks, optimizers=optimizers)
+
+
+def losses(trainer: Any, **options: Any) -> list[float]:
+    with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
+        trainer.train(**options)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], int]:
+    """The Trainer by itself: its losses and its metered peak."""
+    callback = MemoptCallback(fuse_loss=False, meter=True, report=False)
+    found = losses(made(tmp_path_factory.mktemp("plain"), llama(), [callback]))
+    assert callback.metered is not None
+    return found, callback.metered.peak_bytes
+
+
+def test_half_the_memory_the_same_losses_and_a_bitwise_resume(plain: tuple[list[float], int], tmp_path: Path) -> None:
+    expected, peak_bytes = plain
+    budget = peak_bytes // 2
+
+    def run(**options: Any) -> tuple[nn.Module, MemoptCallback, list[float], Any]:
+        model = llama()
+        trainer = made(tmp_path, model, save_strategy="steps", save_steps=SAVED)
+        callback = equip(trainer, optimizer="adamw8bit", budget=budget, hardware="cpu", meter=True)
+        callback.console.file = io.StringIO()
+        return model, callback, losses(trainer, **options), trainer
+
+    model, callback, found, trainer = run()
+    assert isinstance(trainer.optimizer.optimizer, AdamW8bit)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found[-1] < 0.8 * found[0]
+    assert callback.plan is not None
+    assert callback.metered is not None
+    assert callback.metered.peak_bytes <= budget
+    assert callback.plan.peak_bytes == pytest.approx(callback.metered.peak_bytes, rel=0.01)
+    assert not any("forward" in vars(layer) for layer in model.model.layers)  # the plan is off again
+    report = callback.console.file.getvalue()
+    assert "FITS" in report
+    assert "measured" in report
+
+    resumed, _, again, _ = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+    assert again == found
+    for (name, a), b in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_optimizer_object_with_gradient_accumulation(plain: tuple[list[float], int], tmp_path: Path) -> None:
+    def run(accumulated: int, fused: bool) -> list[float]:
+        model = llama(2)
+        optimizer = AdamW8bit(model.parameters(), lr=3e-3)
+        options = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
+        trainer = made(tmp_path, model, None, (optimizer, None), max_steps=4, **options)
+        if fused:
+            equip(trainer)
+        return losses(trainer)
+
+    assert run(4, fused=True) == pytest.approx(run(1, fused=False), rel=1e-3)
+
+
+def test_evaluation_sees_the_logits(tmp_path: Path) -> None:
+    def run(fused: bool) -> dict[str, float]:
+        trainer = made(tmp_path, llama(2))
+        trainer.compute_metrics = lambda seen: {
+            "right": float((seen.predictions[:, :-1] == seen.label_ids[:, 1:]).mean())
+        }
+        trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+        if fused:
+            equip(trainer)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return trainer.evaluate(ROWS[:32])
+
+    expected, found = run(False), run(True)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert found["eval_right"] == expected["eval_right"]
+
+
+def test_adapters_with_a_plan(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trained = []
+    for budget in (None, "8MiB"):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        trainer = made(tmp_path, peft.get_peft_model(llama(), config), max_steps=3)
+        if budget is not None:
+            callback = equip(trainer, optimizer="adamw8bit", budget=budget, hardware="cpu", report=False)
+        trained.append(losses(trainer))
+    assert callback.plan is not None
+    assert callback.plan.peak_bytes < 0.6 * callback.plan.baseline_peak_bytes
+    assert trained[0] == pytest.approx(trained[1], rel=0.01)
+
+
+def test_a_plain_loop_with_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+
+    reset = accelerate.state.AcceleratorState._reset_state  # the Trainers of this process have set it to no autocast
+
+    def run(fused: bool) -> list[float]:
+        reset(reset_partial_state=True)
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+        model = llama(2)
+        optimizer = AdamW8bit(model.parameters(), lr=3e-3)
+        loader = torch.utils.data.DataLoader(ROWS, batch_size=4)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        if fused:
+            memopt.fuse_loss(model)
+        seen = []
+        for _, batch in zip(range(8), loader, strict=False):
+            with accelerator.accumulate(model):
+                output = model(**batch)
+                assert output.logits.dtype == torch.float32  # accelerate casts what the model returns
+                accelerator.backward(output.loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            seen.append(output.loss.item())
+        return seen
+
+    try:
+        assert run(True) == pytest.approx(run(False), rel=0.01)
+    finally:
+        reset(reset_partial_state=True)
+
+
+def test_what_cannot_be_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = llama(1)
+    trainer = made(tmp_path, model, None, (Lion(model.parameters()), None))
+    with pytest.raises(ValueError, match="the Trainer has a Lion already"):
+        equip(trainer, optimizer="adamw8bit")
+    with pytest.raises(ValueError, match="for an optimizer, but none is named"):
+        equip(trainer, betas=(0.9, 0.99))
+    with pytest.raises(TypeError, match=r"must be a transformers\.Trainer, not str"):
+        equip("trainer")
+    trainer.optimizer = None
+    with pytest.raises(ValueError, match="unknown optimizer 'adamw9bit'; did you mean adamw8bit"):
+        equip(trainer, optimizer="adamw9bit")
+    assert "forward" not in vars(model.lm_head)
+    equip(trainer, optimizer="lion4bit", budget="2MiB", hardware="cpu", report=False)
+    with pytest.raises(DoesNotFitError, match="the smallest budget that does is"):
+        losses(trainer)
