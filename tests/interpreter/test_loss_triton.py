@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memopt.kernels.losses import dense_linear_cross_entropy, linear_cross_entropy
+from memopt.kernels.losses import contrastive_loss, dense_linear_cross_entropy, linear_cross_entropy
 from memopt.kernels.losses.logits_torch import logit_statistics as plain_statistics
 from memopt.kernels.losses.logits_torch import softmax_gradient_ as plain_gradient_
 from tests.kernels.loss_cases import Case, error
@@ -55,6 +55,42 @@ def test_row_kernels(R: int, V: int, cap: float, everything: bool, soft: bool, d
     )
     # The last place may differ where float32 values lie next to a boundary between two of the narrow type.
     torch.testing.assert_close(second, first, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("R", "C"), [(1, 1), (5, 300), (37, 130), (3, 2050)])
+def test_pair_kernels(R: int, C: int, dtype: torch.dtype) -> None:
+    from memopt.kernels.losses import pairs_torch, pairs_triton
+
+    x = torch.randn(R, C + 3).to(dtype)[:, :C]  # rows that do not lie next to each other
+    scale, coefficient = torch.tensor(4.0), torch.tensor(0.02)
+    runs = []
+    for use in (pairs_torch, pairs_triton):
+        highest, total = torch.full((C,), -float("inf")), torch.zeros(C)
+        for part in (x, 2 * x):  # a second chunk merges
+            use.column_statistics_(highest, total, part, scale)
+        rows = torch.stack([(scale * x).float().amax(1), torch.linspace(0.1, 1.0, R)])
+        columns = torch.stack([highest, coefficient / total])
+        d = x.clone()
+        target = torch.arange(R) - 1  # the first row's pair is in another chunk, as may be others
+        by_scale = use.pair_gradient_(d, rows, columns, target, coefficient, scale)
+        runs.append((highest, total, by_scale, d))
+    for name, ours, plain in zip(("highest", "total", "by_scale"), runs[1], runs[0], strict=False):
+        torch.testing.assert_close(ours, plain, rtol=2e-5, atol=2e-6 * C, msg=name)
+    # The last place may differ where float32 values lie next to a boundary between two of the narrow type.
+    torch.testing.assert_close(runs[1][3], runs[0][3], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_contrastive_loss_with_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for kind in ("torch", "triton"):
+        monkeypatch.setenv("MEMOPT_KERNELS", kind)
+        torch.manual_seed(4)
+        q, k, scale = torch.randn(40, 8).requires_grad_(), torch.randn(40, 8).requires_grad_(), torch.tensor(3.0)
+        loss = contrastive_loss(q, k, logit_scale=scale.requires_grad_(), chunk_bytes=13 * 160)
+        loss.backward()
+        made.append([loss.detach(), q.grad, k.grad, scale.grad])
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)
 
 
 CASES = {

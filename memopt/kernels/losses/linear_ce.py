@@ -100,8 +100,8 @@ def linear_cross_entropy(
     are made in backward; five in "tiles", without chunks, but 4 bytes per element of ``hidden``.
 
     Source: gradients in forward, row chunks and their cost as in the Liger kernels; recomputing as in "Cut Your Losses
-    in Large-Vocabulary Language Models" section 4. We differ: chunks by bytes, one kernel for all options, one rounding of the weight's gradient without
-    memory for a wider sum.
+    in Large-Vocabulary Language Models" section 4. We differ: chunks by
+    bytes, one kernel for all options, one rounding of the weight's gradient without memory for a wider sum.
     """
     scale = check_inputs(hidden, weight, target, bias, class_weight, logit_scale)
     if shift and target.dim() - target.is_floating_point() == 0:

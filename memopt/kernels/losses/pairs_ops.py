@@ -51,6 +51,11 @@ def _(
 
 
 def _implementation(similarities: Tensor) -> ModuleType:
-    if choose_backend(similarities.device) == "native" and pairs_native.available(similarities):
+    chosen = choose_backend(similarities.device)
+    if chosen == "triton" and similarities.dtype != torch.float64 and similarities.stride(-1) == 1:
+        from memopt.kernels.losses import pairs_triton
+
+        return pairs_triton
+    if chosen == "native" and pairs_native.available(similarities):
         return pairs_native
     return pairs_torch
