@@ -57,6 +57,7 @@ The first step
 from memopt.offload.applying import Handle, apply
 from memopt.offload.errors import PlanMismatchError, ReplayError, SwapError, UnsupportedBlockError
 from memopt.offload.host_optimizer import HostOptimizer
+from memopt.offload.paged_optimizer import PagedOptimizer
 from memopt.offload.reporting import StepReport
 from memopt.offload.reversible import Reversible
 from memopt.offload.tiling import Tiled, blockwise_attention, tile
@@ -64,6 +65,7 @@ from memopt.offload.tiling import Tiled, blockwise_attention, tile
 __all__ = [
     "Handle",
     "HostOptimizer",
+    "PagedOptimizer",
     "PlanMismatchError",
     "ReplayError",
     "Reversible",

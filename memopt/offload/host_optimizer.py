@@ -3,11 +3,16 @@
 Each parameter has a copy on the host with its optimizer state beside it. As soon as its gradient is complete, it is
 copied there, a worker thread steps that one parameter, and the new value is copied back; ``step()`` waits for the last.
 On the device remain parameters and gradients: none of the state's bytes. With parameters on the CPU there is no copy,
-and the parameter itself is stepped.
+and the parameter itself is stepped. The states may lie in memory-mapped files, for models whose states exceed the
+host's memory.
+
+A parameter's step must not depend on other parameters: a rule that looks at several of them at once (a norm over all
+gradients, say) sees one at a time here.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from memopt.offload.mapped import MappedStates, state_bytes
 
 
 class HostOptimizer:
@@ -25,19 +32,33 @@ class HostOptimizer:
         make: builds an optimizer for a list of parameters, such as ``lambda p: AdamW8bit(p, lr=1e-4)``.
         overlap: step inside backward. Then the gradient of a step must come from one backward, and cannot be clipped or
             scaled between backward and step; without it everything happens in ``step()``.
+        state: ``"memory"`` or ``"disk"``: where the states lie.
+        folder: for the disk; by default the folder for temporary files.
 
     Raises:
-        ValueError: no parameters.
+        ValueError: no parameters, another ``state``, or a folder that cannot be used.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], make: Callable[[list[nn.Parameter]], Optimizer], *, overlap: bool = True
+        self,
+        params: Iterable[nn.Parameter],
+        make: Callable[[list[nn.Parameter]], Optimizer],
+        *,
+        overlap: bool = True,
+        state: str = "memory",
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        if state not in ("memory", "disk"):
+            raise ValueError(f"state is {state!r}; the states can lie in 'memory' or on 'disk'")
+        self._mapped = MappedStates(folder) if state == "disk" else None
         self._params = [parameter for parameter in params if parameter.requires_grad]
         if not self._params:
             raise ValueError("params holds no parameter that requires gradients")
         self._hosts = [_on_host(parameter) for parameter in self._params]
         self._optimizers = [make([host]) for host in self._hosts]
+        for number, (host, optimizer) in enumerate(zip(self._hosts, self._optimizers, strict=True)):
+            if hasattr(optimizer, "numbering"):
+                optimizer.numbering = {host: number}  # what it draws must be what it draws for all of them
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memopt-host-step")
         self._pending: dict[int, Future[None]] = {}
         self._hooks = []
@@ -82,6 +103,8 @@ class HostOptimizer:
         host = self._hosts[number]
         host.grad = gradient
         self._optimizers[number].step()
+        if self._mapped is not None:
+            self._mapped.take(self._optimizers[number])
         if host is not self._params[number]:
             host.grad = None
 
@@ -119,6 +142,10 @@ class HostOptimizer:
             )
         for optimizer, one in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(one)
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizers' states, wherever they lie."""
+        return sum(state_bytes(optimizer) for optimizer in self._optimizers)
 
     def close(self) -> None:
         """Take the hooks off and end the worker. Safe to repeat."""

@@ -106,7 +106,7 @@ class PinnedSlot(Slot):
         tier.held_bytes += self.moved_bytes
         tier.moved_bytes += self.moved_bytes
 
-    def start_back(self) -> None:
+    def prefetch(self) -> None:
         """Start the copy to the device, unless it has been."""
         if self._back is not None:
             return
@@ -126,7 +126,7 @@ class PinnedSlot(Slot):
     def get(self) -> Tensor:
         """The bytes on the device; compute waits for their arrival, the host does not."""
         tier = self._tier
-        self.start_back()
+        self.prefetch()
         assert self._back is not None
         assert self._arrived is not None
         back, self._back = self._back, None
@@ -200,7 +200,7 @@ class PinnedTier(Tier):
             if other is not None:
                 if self.ahead_bytes + other.storage_bytes > self.prefetch_bytes:
                     return
-                other.start_back()
+                other.prefetch()
 
     def retire(self, buffer: Tensor, event: torch.cuda.Event) -> None:
         """Take a buffer back once the event has passed."""

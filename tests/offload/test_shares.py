@@ -179,5 +179,5 @@ def test_a_swapped_input_that_is_overwritten_is_noticed() -> None:
     seen: list[Tensor] = []
     model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     model.blocks[1].up.register_forward_pre_hook(lambda module, args: seen[0].add_(1) * 0 if seen else None)
-    with apply(model, plan), pytest.raises(RuntimeError, match="'blocks.1' saved is at version|inplace operation"):
+    with apply(model, plan), pytest.raises(RuntimeError, match=r"'blocks.1' saved is at version|inplace operation"):
         step_loss(case, model, inputs).backward()

@@ -22,6 +22,9 @@ class Slot:
         """A new flat uint8 tensor of the storage's bytes, on its device."""
         return torch.empty(self.storage_bytes, dtype=torch.uint8, device=self.device)
 
+    def prefetch(self) -> None:
+        """It will be asked for soon: begin to bring it back, where that can go on beside other work."""
+
     def get(self) -> Tensor:
         """A new flat uint8 tensor of the storage's bytes, on its device; only those that are here are filled in."""
         raise NotImplementedError

@@ -1,0 +1,155 @@
+"""Optimizer states that wait in host memory or on disk and visit the device for their step, bucket by bucket.
+
+The step runs on the device, at its speed; of the states, one bucket is there to be stepped and the next is on its way,
+so that the device holds two buckets' states at most instead of all. Every state travels both ways once a step: the step
+takes at least twice the states' bytes over the link's bandwidth. Where the device has no room for that, or the link is
+slow, ``HostOptimizer`` moves gradients and parameters instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from memopt.offload.template import Layout
+from memopt.offload.tiers import Slot, open_tier
+
+
+class _Away:
+    """A state in the tier."""
+
+    __slots__ = ("layout", "slot")
+
+    def __init__(self, tensor: Tensor, slot: Slot) -> None:
+        self.layout, self.slot = Layout.of(tensor), slot
+
+    def back(self) -> Tensor:
+        """The state on its device; the copy in the tier stays."""
+        return self.layout.over(self.slot.get().view(self.layout.dtype))
+
+
+class PagedOptimizer:
+    """Steps parameters where they are; their states are elsewhere between the steps.
+
+    Args:
+        params: the parameters, in the order in which they are stepped.
+        make: builds an optimizer for a bucket's parameters, such as ``lambda p: AdamW(p, lr=1e-4)``. A rule must not
+            look at several parameters at once beyond its bucket.
+        bucket_bytes: of parameters in a bucket, at most; a larger parameter is a bucket of its own.
+        tier: ``"host"`` or ``"disk"``.
+        folder: for the disk; by default the folder for temporary files.
+
+    Raises:
+        ValueError: no parameters, another tier, or a folder that cannot be used.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        make: Callable[[list[nn.Parameter]], Optimizer],
+        *,
+        bucket_bytes: int = 64 * 2**20,
+        tier: str = "host",
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if tier not in ("host", "disk"):
+            raise ValueError(f"tier is {tier!r}; states can wait in 'host' memory or on 'disk'")
+        buckets = _buckets([parameter for parameter in params if parameter.requires_grad], bucket_bytes)
+        if not buckets:
+            raise ValueError("params holds no parameter that requires gradients")
+        self.tier = open_tier(tier, folder)
+        self._optimizers = [make(bucket) for bucket in buckets]
+        start = 0
+        for optimizer, bucket in zip(self._optimizers, buckets, strict=True):
+            if hasattr(optimizer, "numbering"):  # what it draws must be what it draws for all of them
+                optimizer.numbering = {parameter: start + n for n, parameter in enumerate(bucket)}
+            start += len(bucket)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all buckets' optimizers, for schedulers that set ``lr`` between steps."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """One step of every parameter that has a gradient."""
+        for number, optimizer in enumerate(self._optimizers):
+            if number == 0:
+                self._prefetch(0)
+            self._prefetch(number + 1)
+            self._bring_back(optimizer)
+            try:
+                optimizer.step()
+            finally:
+                self._send_away(optimizer)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every bucket's optimizer state, in host memory; brought back one bucket at a time."""
+        found = []
+        for optimizer in self._optimizers:
+            self._bring_back(optimizer)
+            found.append(pytree.tree_map_only(Tensor, _on_host, optimizer.state_dict()))
+            self._send_away(optimizer)
+        return {"buckets": found}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: it is for another number of buckets.
+        """
+        if len(state["buckets"]) != len(self._optimizers):
+            raise ValueError(
+                f"state is for {len(state['buckets'])} buckets, this optimizer has {len(self._optimizers)}: build it "
+                "from the same parameters with the same bucket_bytes"
+            )
+        for optimizer, one in zip(self._optimizers, state["buckets"], strict=True):
+            self._bring_back(optimizer)
+            optimizer.load_state_dict(one)
+            self._send_away(optimizer)
+
+    def _prefetch(self, number: int) -> None:
+        if number < len(self._optimizers):
+            for leaf in pytree.tree_leaves(dict(self._optimizers[number].state)):
+                if isinstance(leaf, _Away):
+                    leaf.slot.prefetch()
+
+    def _send_away(self, optimizer: Optimizer) -> None:
+        for parameter, stored in list(optimizer.state.items()):
+            away = pytree.tree_map_only(Tensor, self._put, stored)
+            optimizer.state[parameter] = away
+
+    def _put(self, tensor: Tensor) -> Any:
+        if tensor.dim() == 0 or tensor.numel() == 0:
+            return tensor  # a counter
+        return _Away(tensor, self.tier.put(tensor))
+
+    @staticmethod
+    def _bring_back(optimizer: Optimizer) -> None:
+        for parameter, stored in list(optimizer.state.items()):
+            optimizer.state[parameter] = pytree.tree_map_only(_Away, _Away.back, stored)
+
+
+def _buckets(params: list[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
+    found: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in params:
+        if not found or parameter.nbytes > room:
+            found.append([])
+            room = most
+        found[-1].append(parameter)
+        room -= parameter.nbytes
+    return found
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
