@@ -138,7 +138,27 @@ def write_reports(
 
     after = boxes(plan.blocks)
     if html is not None:
-        maps = {"before": boxes(()), "after": after}
-        write_html(html, title=f"{plan.model} on {plan.hardware}", runs=runs, maps=maps)
+        maps = {"before": boxes(())} | ({"after": after} if plan.blocks else {})
+        title = f"{plan.model} on {plan.hardware}"
+        write_html(html, title=title, runs=runs, maps=maps, facts=_facts(plan), limit_bytes=plan.budget_bytes)
     if snapshot is not None:
         write_snapshot(snapshot, after)
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    """What the page says first."""
+    from memopt.planner import format_bytes
+    from memopt.report.terminal import format_seconds
+
+    extra = {"recompute": plan.recompute_seconds, "stall": plan.stall_seconds, "compress": plan.compression_seconds}
+    parts = ", ".join(f"{name} {format_seconds(value)}" for name, value in extra.items() if value)
+    facts = {
+        "verdict": "does not fit" if plan.status == "infeasible" else "fits",
+        "peak": format_bytes(plan.peak_bytes),
+        "without a plan": format_bytes(plan.baseline_peak_bytes),
+        "step, modelled": format_seconds(plan.step_seconds) + (f" ({parts})" if parts else ""),
+        "swapped per step": f"{format_bytes(plan.swapped_bytes)} to {plan.swap_tier}" if plan.swapped_bytes else "",
+        "smallest budget that fits": format_bytes(plan.smallest_budget_bytes) if plan.smallest_budget_bytes else "",
+        "at the peak runs": plan.peak_at,
+    }
+    return {name: value for name, value in facts.items() if value}

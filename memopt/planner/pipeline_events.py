@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Job = tuple[str, int, int]
+from memopt.planner.pipeline_blocks import SUMS, Job, v_orders, zeropp_orders
+
+PLAYED = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", *SUMS, "zeropp")
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,21 @@ class PipelineRun:
 
 
 def play_schedule(name: str, stages: int, microbatches: int) -> PipelineRun:
-    """Play one of gpipe, 1f1b, interleaved, zb-h1, zb-h2.
+    """Play one of ``PLAYED``.
 
     Raises:
-        ValueError: a schedule that is not played.
+        ValueError: a schedule that is not known, or that these numbers do not allow.
     """
+    if name in SUMS:
+        return _run(v_orders(name, stages, microbatches), stages, 2, folded=True)
+    if name == "zeropp":
+        unit = min(microbatches, 2 * stages - 1)
+        return _run(zeropp_orders(stages, microbatches, unit), stages, 2)
     if name == "interleaved":
         return _run([_interleaved(r, stages, microbatches) for r in range(stages)], stages, 2)
     if name in ("gpipe", "1f1b", "zb-h1", "zb-h2"):
         return _run([_single(name, r, stages, microbatches) for r in range(stages)], stages, 1)
-    raise ValueError(f"schedule {name!r} is not played; choose gpipe, 1f1b, interleaved, zb-h1 or zb-h2")
+    raise ValueError(f"schedule {name!r} is not known; choose {', '.join(PLAYED)}")
 
 
 def _single(name: str, rank: int, p: int, m: int) -> list[Job]:
@@ -84,8 +91,11 @@ def _interleaved(rank: int, p: int, m: int, v: int = 2) -> list[Job]:
     return jobs
 
 
-def _run(orders: list[list[Job]], p: int, v: int) -> PipelineRun:
-    """Every rank does its jobs in order, each as soon as what it needs is done."""
+def _run(orders: list[list[Job]], p: int, v: int, folded: bool = False) -> PipelineRun:
+    """Every rank does its jobs in order, each as soon as what it needs is done.
+
+    Chunk c of rank r is stage cp + r, or, ``folded``, in odd chunks cp + p - 1 - r.
+    """
     length = {"F": 1 / v, "B": 1 / v, "W": 1 / v, "BW": 2 / v}
     ends: dict[tuple[str, int, int], float] = {}
     clock, place = [0.0] * p, [0] * p
@@ -96,7 +106,7 @@ def _run(orders: list[list[Job]], p: int, v: int) -> PipelineRun:
         for r in range(p):
             while place[r] < len(orders[r]):
                 kind, i, chunk = orders[r][place[r]]
-                stage = chunk * p + r
+                stage = chunk * p + (p - 1 - r if folded and chunk % 2 else r)
                 ready = _ready(kind, i, stage, p * v, ends)
                 if ready is None:
                     break

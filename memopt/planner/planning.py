@@ -10,6 +10,7 @@ from functools import cached_property
 from memopt.planner.building import build
 from memopt.planner.plan_file import Plan, model_signature
 from memopt.planner.policy import Solution, SolverError, relax, smallest_peak, solve
+from memopt.planner.policy.solvers import check_time_limit
 from memopt.planner.policy.solving import GAP
 from memopt.planner.problem import Choice, Problem, Rates
 from memopt.planner.rates import HardwareLike, rates_of
@@ -152,7 +153,7 @@ class _Planner:
         self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str, tiled: bool
     ) -> None:
         self.trace, self.rates, self.actions, self.tiled = trace, rates, actions, tiled
-        self.deadline, self.solver = time.monotonic() + time_limit, solver
+        self.deadline, self.solver = time.monotonic() + check_time_limit(time_limit), solver
         self.bound_seconds: float | None = None
         self._smallest: _Answer | None = None
 

@@ -32,6 +32,8 @@ def write_html(
     title: str,
     runs: Mapping[str, RunLike],
     maps: Mapping[str, Sequence[Box]] | None = None,
+    facts: Mapping[str, str] | None = None,
+    limit_bytes: int | None = None,
 ) -> None:
     """Writes one page that needs no network: a table of peaks, a zoomable timeline per run, a map per arena.
 
@@ -41,6 +43,8 @@ def write_html(
         runs: name to a plan's ``Timeline``, a meter, or its ``timeline``, drawn one below the other on one scale. A
             run without points (``None`` too) is shown as such.
         maps: name to the boxes of :func:`memopt.report.boxes_of`: lifetimes across, addresses up.
+        facts: what the page says first, name by name.
+        limit_bytes: drawn as a line across the timelines.
 
     Raises:
         ValueError, TypeError: no run, or one that is no timeline.
@@ -58,6 +62,8 @@ def write_html(
     data = {
         "categories": found,
         "colours": _COLOURS,
+        "facts": dict(facts or {}),
+        "limit": limit_bytes,
         "runs": [
             {
                 "name": name,

@@ -190,6 +190,8 @@ def pipeline_page(stages: int, microbatches: int) -> Table:
     for heading in ("schedule", "peak (activations of a microbatch)", "bubble"):
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
     for row in schedule_table(stages, microbatches):
-        mark = "" if row.exact else " (as published)"
-        table.add_row(row.name, f"{max(row.peak_by_rank):.3g}", f"{row.bubble:.1%}{mark}")
+        published = "" if row.exact else " (as published)"
+        if row.published is not None:
+            published = f" (published: {row.published[0]:.3g}, {row.published[1]:.1%})"
+        table.add_row(row.name, f"{max(row.peak_by_rank):.3g}", f"{row.bubble:.1%}{published}")
     return table

@@ -146,6 +146,20 @@ def test_a_missing_solver_is_named() -> None:
         plan(trace, budget, CPU, solver="gurobi")
 
 
+@pytest.mark.parametrize("limit", [0, -1.0, float("inf"), float("nan"), True, "10"])
+def test_what_is_no_time_limit_is_refused(limit: Any) -> None:
+    trace = transformer(2)
+    with pytest.raises(ValueError, match="time_limit must be a positive, finite number of seconds"):
+        plan(trace, int(trace.peak_bytes * 0.8), CPU, time_limit=limit)
+
+
+def test_a_solver_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", str(tmp_path / "gone"))
+    trace = transformer(3)
+    with pytest.raises(SolverError, match="cbc"):
+        plan(trace, int(trace.peak_bytes * 0.8), CPU)
+
+
 def broken_solver(tmp_path: Path, script: str) -> Any:
     path = tmp_path / "cbc"
     path.write_text(f"#!/bin/sh\n{script}\n")

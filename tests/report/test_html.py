@@ -109,6 +109,7 @@ const all = document.querySelectorAll(".panel"), frame = all[2].getBoundingClien
 console.log("axis " + all[0].layout.xaxis.title.text + " " + all[0].data[0].x);
 const middle = {clientX: frame.left + frame.width / 2, clientY: frame.top + frame.height / 2};
 all[2].dispatchEvent(new MouseEvent("mousemove", middle));
+console.log("fact " + document.querySelector("#facts dd").textContent + " " + all[0].layout.shapes[0].y0);
 console.log("tip " + document.querySelector(".tip").textContent);
 }</script></body>"""
 
@@ -116,14 +117,14 @@ console.log("tip " + document.querySelector(".tip").textContent);
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium or Chrome on this machine")
 def test_a_headless_browser_draws_it_without_a_console_message(tmp_path):
     page = tmp_path / "page.html"
-    write_html(
-        page, title="t", runs={"before": TIMELINE, "after": TIMELINE}, maps={"m": [Box(0, 4, 0, 64, "w", "weights")]}
-    )
+    runs, maps = {"before": TIMELINE, "after": TIMELINE}, {"m": [Box(0, 4, 0, 64, "w", "weights")]}
+    write_html(page, title="t", runs=runs, maps=maps, facts={"verdict": "fits"}, limit_bytes=1024)
     assert _console(page) == []
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", CLICKS), encoding="utf-8")
-    drawn, axis, tip = _console(page)
+    drawn, axis, fact, tip = _console(page)
     assert int(drawn.split()[1]) >= 3
     assert axis == "axis seconds 0,0.5,1"
+    assert fact == "fact fits 1"
     assert tip == "tip w (weights), 64 B at 0, operations 0 to 4"
 
 

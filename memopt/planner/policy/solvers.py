@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from math import inf
 from typing import Any
 
 NAMES = {"cbc": "PULP_CBC_CMD", "highs": "HiGHS", "gurobi": "GUROBI_CMD", "scip": "SCIP_CMD"}
+
+
+LONGEST_SECONDS = 86400.0  # CBC takes an infinite limit for none at all, and some solvers refuse very large ones
+
+
+def check_time_limit(time_limit: float) -> float:
+    """Refuse what is no limit.
+
+    Raises:
+        ValueError: not a positive, finite number of seconds.
+    """
+    if isinstance(time_limit, bool) or not isinstance(time_limit, (int, float)) or not 0 < time_limit < inf:
+        raise ValueError(f"time_limit must be a positive, finite number of seconds, not {time_limit!r}")
+    return float(time_limit)
 
 
 class SolverError(RuntimeError):
@@ -26,7 +41,7 @@ def open_solver(name: str, time_limit: float, gap: float | None, start: bool = F
     """
     import pulp
 
-    limits: dict[str, Any] = {"timeLimit": max(1.0, time_limit)}
+    limits: dict[str, Any] = {"timeLimit": min(max(1.0, time_limit), LONGEST_SECONDS)}
     if gap is not None:
         limits["gapAbs"] = gap
     if start and name == "cbc":

@@ -17,7 +17,7 @@ from typing import Any
 from memopt.planner.policy import cost
 from memopt.planner.policy.families import add_all
 from memopt.planner.policy.program import Program
-from memopt.planner.policy.solvers import SolverError, open_solver
+from memopt.planner.policy.solvers import SolverError, check_time_limit, open_solver
 from memopt.planner.problem import Item, Problem
 from memopt.planner.values import Status
 
@@ -106,7 +106,7 @@ class _Run:
 
         self.problem, self.gap, self.seek_peak = problem, gap, seek_peak
         self.began = time.monotonic()
-        self.deadline = self.began + time_limit
+        self.deadline = self.began + check_time_limit(time_limit)
         self.solver = solver
         self.peak_bytes = self.bound = 0.0
         most = max((position.fixed_bytes for position in problem.positions), default=1)
