@@ -39,7 +39,7 @@ class HeldRows:
         aside = 0 if p.index is None else budget // 16 if self.spread else M * H * item
         per_entry = item * (M + p.hidden.shape[0] if self.spread else M)
         per_entry += M * p.scale.element_size() if p.soft is not None else 0
-        wanted = max(budget // 6, ROW_UNIT * per_entry) if keep else budget
+        wanted = max(budget // 8, ROW_UNIT * per_entry) if keep else budget
         entries = min(p.shard.largest, whole_units(min(wanted, budget - aside) // max(1, per_entry)))
         self.entries = min(entries, V)
         self.fits = entries >= min(ROW_UNIT, p.shard.largest)

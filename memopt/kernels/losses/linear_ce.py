@@ -66,7 +66,7 @@ def linear_cross_entropy(
         shift: the target of position t along the last dimension of ``target`` is ``target[t + shift]``, without
             copies; results per position then have ``shift`` fewer along it.
         return_stats: also return :class:`LossStats`.
-        chunk_bytes: scratch for logits; 84 MiB unless given. More scratch means fewer, larger chunks.
+        chunk_bytes: scratch for logits; 90 MiB unless given. More scratch means fewer, larger chunks.
         mode: "rows" makes the gradients of a mean or sum in forward, in row chunks. "recompute" leaves the weight's to
             backward, where logits are made once more in slices of the vocabulary, and each of its rows is written once.
             "tiles" (Triton) makes logits in tiles on the chip in forward and twice in backward, and keeps none.

@@ -16,7 +16,7 @@ from torch import Tensor
 from memopt.kernels.backend import interpreting
 from memopt.kernels.losses.triton_math import round_to
 
-COLUMN_TILE = {"BR": 16, "BC": 128, "num_warps": 4}
+COLUMN_TILE = {"BR": 16, "BC": 64, "num_warps": 4}
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from memopt.kernels.backend import choose_backend, interpreting
 from memopt.kernels.losses.coefficients import Upstream, lse_coefficient, row_coefficients
 from memopt.kernels.losses.problem import Problem, values_unknown
 from memopt.kernels.losses.row_pass import Gradients, RowResult, Wanted, reduce_rows
+from memopt.kernels.losses.settings import even_chunks
 
 # Rows or entries of a tile, and features at a time. The interpreter pays per program and operation, so it takes few.
 STATISTICS_TILE = {"BM": 128, "BV": 64, "BH": 32, "num_warps": 8, "num_stages": 3}
@@ -58,7 +61,8 @@ def tile_statistics(problem: Problem) -> RowResult:
 def tile_gradients(problem: Problem, wanted: Wanted, lse: Tensor, upstream: Upstream) -> Gradients:
     """The wanted gradients from tiles made again, once for the rows' and once for the entries' side.
 
-    Memory: 4 bytes per element of ``hidden``; for ``accumulate="float32"`` also 4 bytes per weight element.
+    Memory: 4 bytes per element of ``hidden``, and ``settings.chunk_bytes`` for float32 sums of the weight's gradient, a
+    part of the vocabulary at a time, so that each element is rounded once whatever ``accumulate`` says.
     """
     p, M = problem, problem.rows
     V, H = p.weight.shape
@@ -74,14 +78,28 @@ def tile_gradients(problem: Problem, wanted: Wanted, lse: Tensor, upstream: Upst
         made.hidden = p.shard.sum_(of_hidden).to(p.hidden.dtype) if wanted.hidden else None
         made.scale = p.shard.sum_(by_scale.sum()) if wanted.scale else None
     if wanted.weight or wanted.bias:
-        narrow = p.settings.accumulate == "weight"
-        of_weight = torch.zeros(V, H, dtype=p.weight.dtype if narrow else torch.float32, device=device)
-        by_entry = torch.zeros(1, V, dtype=torch.float32, device=device)
-        blocks = -(-V // GRADIENT_TILE["BO"])
-        _launch(p, coefficients, of_weight, by_entry, blocks, 1, rows_own=False, want_sum=wanted.bias)
-        made.weight = of_weight.to(p.weight.dtype) if wanted.weight else None
-        made.bias = by_entry[0] if wanted.bias else None
+        of_weight = torch.empty(V, H, dtype=p.weight.dtype, device=device)
+        by_entry = torch.zeros(V, dtype=torch.float32, device=device)
+        for part in even_chunks(V, 4 * H, p.settings.chunk_bytes):
+            sums = torch.zeros(part.stop - part.start, H, dtype=torch.float32, device=device)
+            blocks = -(-sums.shape[0] // GRADIENT_TILE["BO"])
+            entries = _entries(p, part)
+            _launch(entries, coefficients, sums, by_entry[part], blocks, 1, rows_own=False, want_sum=wanted.bias)
+            of_weight[part] = sums
+        made.weight = of_weight if wanted.weight else None
+        made.bias = by_entry if wanted.bias else None
     return made
+
+
+def _entries(p: Problem, part: slice) -> Problem:
+    """The same problem with a part of the vocabulary: targets elsewhere fall outside of it."""
+    return replace(
+        p,
+        weight=p.weight[part],
+        bias=None if p.bias is None else p.bias[part],
+        class_weight=None if p.class_weight is None else p.class_weight[part],
+        target=None if p.target is None else p.target - part.start,
+    )
 
 
 def _launch(
