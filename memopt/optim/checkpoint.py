@@ -57,9 +57,7 @@ def load(optimizer: RuleOptimizer, state_dict: Mapping[str, Any]) -> None:
 def _read(
     optimizer: RuleOptimizer, incoming: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
-    for part in ("state", "param_groups"):
-        if part not in incoming:
-            raise ValueError(f"the state dict has no {part!r}; it must be what an optimizer's state_dict() returned")
+    _check_form(incoming)
     saved_groups = incoming["param_groups"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
@@ -76,6 +74,10 @@ def _read(
         raise ValueError(_message(problems))
     for group in groups:
         optimizer._check_options(group)
+    known = {key for saved in saved_groups for key in saved["params"]}
+    strangers = [key for key in incoming["state"] if key not in known]
+    if strangers:
+        problems.append(f"it holds states of {strangers[0]!r}, which is in none of its groups")
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     number = 0
     for group, saved in zip(groups, saved_groups, strict=True):
@@ -92,6 +94,19 @@ def _read(
     return groups, state
 
 
+def _check_form(incoming: Mapping[str, Any]) -> None:
+    """Refuses what no optimizer's ``state_dict()`` returns."""
+    advice = "it must be what an optimizer's state_dict() returned"
+    for part in ("state", "param_groups"):
+        if part not in incoming:
+            raise ValueError(f"the state dict has no {part!r}; {advice}")
+    groups, state = incoming["param_groups"], incoming["state"]
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        raise ValueError(f"param_groups of the state dict is no list of groups with 'params'; {advice}")
+    if not isinstance(state, Mapping) or not all(isinstance(stored, Mapping) for stored in state.values()):
+        raise ValueError(f"state of the state dict is no mapping of parameters to their states; {advice}")
+
+
 def _message(problems: list[str]) -> str:
     shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
     return f"the state dict does not fit this optimizer, nothing loaded: {shown}"
@@ -102,11 +117,13 @@ def _differences(optimizer: RuleOptimizer, own: Mapping[str, Any], saved: Mappin
     if "rule" in saved:
         if saved["rule"] != own["rule"]:
             found.append(f"it is of rule {saved['rule']!r}, this optimizer is {own['rule']!r}")
-        if saved["version"] > VERSION:
-            found.append(f"it is of version {saved['version']}, this memopt reads up to {VERSION}")
-        if saved["state"] != own["state"]:
+        version = saved.get("version")
+        if not isinstance(version, int) or not 0 < version <= VERSION:
+            found.append(f"it is of version {version!r}, this memopt reads up to {VERSION}")
+        if saved.get("state") != own["state"]:
             found.append(
-                f"its format is {saved['state']!r}, this optimizer's {own['state']!r} (memopt.optim.convert changes it)"
+                f"its format is {saved.get('state')!r}, this optimizer's {own['state']!r} "
+                "(memopt.optim.convert changes it)"
             )
     return found
 
@@ -142,8 +159,18 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
     left = sorted(key for key in stored if key not in taken and stored[key] is not None)
     if left:
         raise ValueError(f"it holds {', '.join(left)}, which this optimizer does not keep")
-    slot.stored["step"] = int(stored.get("step", 1))
+    shape = stored.get("shape")
+    if isinstance(shape, Tensor) and tuple(shape.tolist()) != tuple(slot.param.shape):
+        raise ValueError(f"it is of shape {tuple(shape.tolist())}, this parameter of {tuple(slot.param.shape)}")
+    slot.stored["step"] = _step(stored.get("step", 1))
     return slot.stored
+
+
+def _step(found: Any) -> int:
+    single = isinstance(found, (int, float)) or (isinstance(found, Tensor) and found.numel() == 1)
+    if not single or not 0 <= float(found) < 2**53 or float(found) % 1:
+        raise ValueError(f"its step is {found!r}, not a number of steps")
+    return int(found)
 
 
 def _expect(name: str, found: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

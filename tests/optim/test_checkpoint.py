@@ -76,6 +76,12 @@ def _spoil(saved: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
         (("state", 0, "exp_avg_slow"), torch.zeros(3), "holds exp_avg_slow, which this optimizer does not keep"),
         (("state", 1, "exp_avg"), torch.zeros(3), r"parameter 1: exp_avg is torch.float32 of shape \(3,\)"),
         (("state",), None, "the state dict has no 'state'"),
+        (("param_groups", 0, "version"), None, "version None"),
+        (("param_groups", 0, "params"), None, "no list of groups with 'params'"),
+        (("param_groups", 0, "params"), [5, 6], "states of 0, which is in none of its groups"),
+        (("state", 0), [1], "no mapping of parameters to their states"),
+        (("state", 0, "step"), torch.tensor(torch.nan), "its step is"),
+        (("state", 0, "shape"), torch.tensor([300, 64]), r"it is of shape \(300, 64\), this parameter of \(64, 300\)"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(path: tuple[Any, ...], value: Any, message: str) -> None:
