@@ -141,14 +141,16 @@ def show(rows: list[Row], title: str) -> None:
     Console(width=120).print(table)
 
 
-def show_targets(save: bool) -> int:
+def show_targets(everything: bool, save: bool) -> int:
     """The table of resources; the exit status tells whether a kernel spills."""
     from benchmarks.gpu_targets import measure
 
-    rows = measure()
-    show(rows, f"Triton kernels on four targets: {len(rows)} compilations")
+    started = time.perf_counter()
+    rows = measure(everything)
+    seconds = time.perf_counter() - started
+    show(rows, f"Triton kernels on four targets: {len(rows)} compilations, {seconds:.0f} s from a cold cache")
     if save:
-        notes = ["`python -m benchmarks.kernels --targets --save`"]
+        notes = [f"`python -m benchmarks.kernels --targets --save`: {seconds:.0f} s from a cold cache."]
         print(*results.save("targets", "What Triton kernels use", rows, notes))
     spilling = [f"{row['kernel']} on {row['target']}" for row in rows if row["spilled"]]
     print("no kernel spills" if not spilling else "SPILLS: " + "; ".join(spilling))
@@ -163,10 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("quantizers", "steps", "layers"))
     parser.add_argument("--portable", action="store_true", help="compile for AVX2 alone")
     parser.add_argument("--targets", action="store_true", help="only what the Triton kernels use on four GPU targets")
+    parser.add_argument("--all", action="store_true", help="with --targets: every rule in every format")
     parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results/")
     options = parser.parse_args(arguments)
     if options.targets:
-        return show_targets(options.save)
+        return show_targets(options.all, options.save)
     if options.portable and "MEMOPT_CPU_FLAGS" not in os.environ:
         environment = {**os.environ, "MEMOPT_CPU_FLAGS": "-mavx2 -mfma -mf16c"}
         rest = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--portable"]

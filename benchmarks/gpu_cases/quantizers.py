@@ -1,56 +1,61 @@
-"""Quantise and dequantise, every codec."""
+"""Quantise and dequantise: every codec, to nearest and stochastically, from and to float32 and bfloat16."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.gpu_cases import Case, Place
+from benchmarks.gpu_cases import Case, Place, Timed, plain_torch
 from memopt.kernels import codec_names, dequantize_blockwise, get_codec, quantize_blockwise
 
 
-def cases(place: Place) -> Iterator[tuple[str, Callable[[], Case]]]:
+def cases(place: Place) -> Iterator[Case]:
     for name in codec_names():
-        for decode in (False, True):
-            title = f"{'dequantise' if decode else 'quantise'} {name} fp32"
-            yield title, functools.partial(_case, place, name, decode, title)
+        for what in ("quantise", "quantise stochastic", "dequantise"):
+            for dtype in (torch.float32, torch.bfloat16):
+                if dtype == torch.float32 or name in ("sq127", "sq15"):
+                    arguments = (place, name, what, dtype)
+                    yield Case(
+                        f"{what} {name} {str(dtype)[6:]}",
+                        functools.partial(_check, *arguments),
+                        functools.partial(_prepare, *arguments),
+                    )
 
 
-def _case(place: Place, name: str, decode: bool, title: str) -> Case:
-    codec = get_codec(name)
-    x = torch.randn(place.size(1 << 18, 64), 1024, device=place.device)
-    x = x if codec.signed else x.abs_()
+def _data(place: Place, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(rows, columns, device=place.device).to(dtype)
+    return x if get_codec(name).signed else x.abs_()
+
+
+def _check(place: Place, name: str, what: str, dtype: torch.dtype) -> None:
+    x = _data(place, name, 9, 1000, dtype)
+    rounding = "stochastic" if "stochastic" in what else "nearest"
+    ours = quantize_blockwise(x, name, rounding=rounding, seed=3)
+    decoded = dequantize_blockwise(ours, dtype=dtype)
+    with plain_torch():
+        plain = quantize_blockwise(x, name, rounding=rounding, seed=3)
+        expected = dequantize_blockwise(ours, dtype=dtype)
+    assert torch.equal(ours.scales, plain.scales), "scales differ"
+    share = (ours.codes != plain.codes).float().mean().item()
+    assert share <= (0.0 if rounding == "nearest" else 2e-3), f"{share:.2%} of the codes differ"
+    torch.testing.assert_close(decoded, expected, rtol=max(2e-6, torch.finfo(dtype).eps), atol=0)
+
+
+def _prepare(place: Place, name: str, what: str, dtype: torch.dtype) -> Timed:
+    x = _data(place, name, place.size(1 << 18, 64), 1024, dtype)
     q, out = quantize_blockwise(x, name), torch.empty_like(x)
-
-    def check() -> None:
-        some = x[:64]
-        ours = quantize_blockwise(some, name)
-        before = os.environ.get("MEMOPT_KERNELS")
-        os.environ["MEMOPT_KERNELS"] = "torch"
-        try:
-            plain = quantize_blockwise(some, name)
-            assert torch.equal(ours.codes, plain.codes), f"{(ours.codes != plain.codes).sum()} codes differ"
-            expected = dequantize_blockwise(plain)
-        finally:
-            os.environ.pop("MEMOPT_KERNELS")
-            if before is not None:
-                os.environ["MEMOPT_KERNELS"] = before
-        torch.testing.assert_close(dequantize_blockwise(ours), expected, rtol=2e-6, atol=0)
-
+    if what == "dequantise":
+        run: Callable[[], object] = functools.partial(dequantize_blockwise, q, out=out)
+    else:
+        rounding = "stochastic" if "stochastic" in what else "nearest"
+        run = functools.partial(quantize_blockwise, x, name, rounding=rounding, out=q)
     peers = {}
-    if importlib.util.find_spec("bitsandbytes") and name in ("dynamic8", "nf4"):
-        peers["bitsandbytes"] = functools.partial(_bitsandbytes, x, name, decode)
-    return Case(
-        title,
-        (lambda: dequantize_blockwise(q, out=out)) if decode else (lambda: quantize_blockwise(x, name)),
-        check,
-        floor_bytes=x.numel() * 4 + q.nbytes,
-        peers=peers,
-    )
+    if importlib.util.find_spec("bitsandbytes") and name in ("dynamic8", "nf4") and "stochastic" not in what:
+        peers["bitsandbytes"] = functools.partial(_bitsandbytes, x, name, what == "dequantise")
+    return Timed(run, floor_bytes=x.nbytes + q.nbytes, peers=peers)
 
 
 def _bitsandbytes(x: torch.Tensor, name: str, decode: bool) -> Callable[[], object]:

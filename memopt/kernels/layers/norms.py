@@ -80,7 +80,7 @@ def norm_backward(
     keep_output: bool,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (its shape), weight and bias ((D,), in the dtype of the statistics)."""
+    """The gradients of x (its shape), weight and bias ((D,), in the dtype of the statistics; only where there are)."""
     of_x, of_weight, of_bias = implementation(kept, "norms").norm_backward(
         of_y.contiguous(), kept.contiguous(), weight, bias, mean, inverse, keep_output, centred
     )

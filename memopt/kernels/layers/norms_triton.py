@@ -15,7 +15,7 @@ from memopt.kernels.backend import interpreting
 from memopt.kernels.layers import norms_torch
 from memopt.kernels.losses.triton_math import round_to
 
-LONGEST = 8192
+LONGEST, LONGEST_ODD = 8192, 4096  # what registers hold; unless D is a multiple of 16, addresses take many
 PROGRAMS = 512  # of the backward kernel, each of which sums the weight's gradient over its rows
 
 
@@ -71,8 +71,10 @@ def backward_kernel(
             if CENTRED:
                 unit = tl.where(inside, unit - tl.load(mean_ptr + row), 0.0)
             unit *= inverse
-        of_weight += g * unit
-        of_bias += g
+        if HAS_WEIGHT:
+            of_weight += g * unit
+        if HAS_BIAS:
+            of_bias += g
         if HAS_WEIGHT:
             g *= tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)
         along = tl.sum(g * unit, 0) / D
@@ -90,7 +92,7 @@ def norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``norms_torch``."""
     R, D = x.numel() // x.shape[-1], x.shape[-1]
-    if D > LONGEST:
+    if not _fits(D):
         return norms_torch.norm(x, weight, bias, eps, centred)
     y = torch.empty_like(x)
     mean = torch.empty(R if centred else 0, device=x.device)
@@ -117,7 +119,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``norms_torch``."""
     R, D = kept.numel() // kept.shape[-1], kept.shape[-1]
-    if D > LONGEST:
+    if not _fits(D):
         return norms_torch.norm_backward(of_y, kept, weight, bias, mean, inverse, keep_output, centred)
     of_x = torch.empty_like(kept)
     rows = triton.cdiv(R, 2 if interpreting() else PROGRAMS)
@@ -130,6 +132,10 @@ def norm_backward(
             INTERPRET=interpreting(), **shape_of(D),
         )  # fmt: skip
     return of_x, sums[:, 0].sum(0), sums[:, 1].sum(0)
+
+
+def _fits(D: int) -> bool:
+    return (LONGEST_ODD if D % 16 else LONGEST) >= D
 
 
 def shape_of(D: int) -> dict[str, int]:

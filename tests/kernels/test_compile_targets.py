@@ -1,0 +1,41 @@
+"""Triton kernels compile without a GPU and without spilling registers.
+
+Every kernel of ``benchmarks.gpu_targets`` is compiled here for one of the four targets, taken in turn, and those that
+need most registers for all four. ``python -m benchmarks.kernels --targets`` compiles all for all from a cold cache and
+prints the table, ``--all`` also every rule in every format; both fail where one spills.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import memopt.kernels
+from benchmarks.gpu_targets import jobs, measure
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+HEAVY = ("tile ", "logit ", "norm 8192 backward", "step adamw 8bit bfloat16, whole", "step adamw 4bit bfloat16, ragged")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_spills(target: str) -> None:
+    turn = TARGETS.index(target)
+    names = [job.name for number, job in enumerate(jobs()) if number % 4 == turn or job.name.startswith(HEAVY)]
+    rows = measure(pairs=[(name, target) for name in names], cold=False, processes=1)
+    assert [row["kernel"] for row in rows] == names
+    assert not [row["kernel"] for row in rows if row["spilled"]]
+    assert all(row["registers"] > 0 for row in rows)
+
+
+def test_every_kernel_is_listed() -> None:
+    """Each ``..._kernel`` that a file of the room defines is the kernel of some job."""
+    listed, folder = {job.kernel for job in jobs()}, Path(memopt.kernels.__file__).parent
+    for path in folder.rglob("*_triton.py"):
+        module = ".".join(["memopt.kernels", *path.relative_to(folder).with_suffix("").parts])
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                assert f"{module}.{node.name}" in listed, (
+                    f"add a job for {module}.{node.name} to benchmarks.gpu_targets"
+                )
