@@ -5,7 +5,8 @@ class run the same operations on the same shapes, all siblings of that class are
 found so is a block wherever else it appears (the first block of a ResNet stage, which has a projection more). Where a
 part of the model has no such repetition, siblings of one class that run nearly the same operations on any shapes will
 do. What multiplies no matrices (a norm) is no block; modules that torch itself provides are blocks only where they
-contain others and repeat exactly.
+contain others and repeat exactly. In a model where nothing repeats at all, the largest parts that are called one beside
+another and contain modules themselves are the blocks.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def find_blocks(calls: Sequence[Call], raw: Sequence[RawOp]) -> list[int]:
     _choose_kinds(tree, calls, kinds, chosen)
     for child in _untouched(tree, chosen):
         _choose_siblings(child, calls, eligible, alike, chosen, generic=False)
+    if not chosen:
+        chosen = _parts(tree, calls, eligible)
     return sorted(chosen, key=lambda number: calls[number].start)
 
 
@@ -121,6 +124,14 @@ def _choose_kinds(node: _Node, calls: Sequence[Call], kinds: set[type[nn.Module]
                 chosen.update(found)
             else:
                 _choose_kinds(child, calls, kinds, chosen)
+
+
+def _parts(node: _Node, calls: Sequence[Call], eligible: Callable[[int], bool]) -> set[int]:
+    """Calls of the first siblings, from the top down, of which at least two contain modules."""
+    inner = {n for part in node.children.values() for n in part.calls if eligible(n) and calls[n].children}
+    if len(inner) > 1:
+        return inner
+    return next((found for child in node.children.values() if (found := _parts(child, calls, eligible))), set())
 
 
 def _untouched(node: _Node, chosen: set[int]) -> list[_Node]:

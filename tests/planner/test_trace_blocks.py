@@ -197,3 +197,42 @@ def test_saved_inputs_are_kept_apart() -> None:
     assert [traced.ops[saved.producer].name for saved in second.saved] == ["aten.tanh.default"]
     assert [saved.storage for saved in second.saved_inputs] == list(first.outputs)
     assert second.saved_inputs[0].bytes == 4 * 8 * 4
+
+
+def test_where_nothing_repeats_the_largest_parts_are_blocks() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.conv(x))
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(self.two(F.gelu(self.one(x))))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(Stem(), Body())
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.features(x).mean((2, 3)))
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+    images = torch.ones(2, 3, 16, 16)
+    assert paths(Wrapped(), images) == ["module.features.0", "module.features.1"]
+    assert paths(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)), torch.ones(2, 4)) == []
