@@ -13,7 +13,7 @@ from memopt.kernels.codecs import Codec
 from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest, Stored
 
-PIECE = 1 << 16  # elements copied at once
+PIECE = 1 << 15  # elements copied at once: the copies of all tensors stay below a mebibyte
 
 Runner = Callable[[StepRequest], dict[str, Tensor]]
 

@@ -137,8 +137,13 @@ def _in_order(request: StepRequest) -> tuple[StepRequest, list[tuple[Tensor, Ten
     return replace(request, params=made[0], grads=made[1], states=made[2:]), late
 
 
-@functools.lru_cache(maxsize=256)
 def _kernel(kind: StepKind) -> _Kernel | None:
+    return _built(kind, native_build.cpu_flags())
+
+
+@functools.lru_cache(maxsize=256)
+def _built(kind: StepKind, flags: tuple[str, ...]) -> _Kernel | None:
+    """The kernel of a kind; ``flags`` are those in force, which the user may change between steps."""
     source, uniforms = step_source(kind)
     library = native_build.build(f"step-{kind.update.name}", source)
     if library is None:
