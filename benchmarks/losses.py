@@ -1,15 +1,15 @@
-"""Time and memory of the losses beside the plain ones: ``python -m benchmarks.losses [--quick] [--json FILE]``.
+"""Time, memory and accuracy of the losses beside the plain ones: ``python -m benchmarks.losses [--quick] [--save]``.
 
 Every comparison runs its variants in turn in one process and takes ratios of the least CPU seconds, so that other work
 on the machine disturbs it little. Extra memory is the peak of resident memory beyond what was there before the call and
-the gradients it leaves, each variant in a process of its own.
+the gradients it leaves, each variant in a process of its own. About six minutes on two quiet cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -21,14 +21,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from benchmarks import results
 from memopt import contrastive_loss, linear_cross_entropy
 from memopt.kernels.losses import dense_linear_cross_entropy
 
 MIB = 2**20
 TOKENS, HIDDEN = 2048, 1024
 PAIRS, WIDTH = 16384, 256
+PEER = "cut-cross-entropy torch_compile"
+LIMITS = {  # of CPU seconds over those of the plain loss
+    ("bfloat16", 32000): {"memopt": 0.9, "memopt write-once": 1.4},
+    ("bfloat16", 128256): {"memopt": 1.0, "memopt write-once": 1.4},
+    ("float32", 32000): {"memopt": 1.1},
+    ("float32", 128256): {"memopt": 1.3},
+}
+Row = dict[str, Any]
 Step = Callable[[], Tensor]
 
 
@@ -44,8 +55,9 @@ def compiled_loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "plain": plain_loss,
-    "cut-cross-entropy torch_compile": compiled_loss,
+    PEER: compiled_loss,
     "memopt": lambda h, w, y: linear_cross_entropy(h, w, y),
+    "memopt, added by chunk": lambda h, w, y: linear_cross_entropy(h, w, y, accumulate="weight"),
     "memopt write-once": lambda h, w, y: linear_cross_entropy(h, w, y, mode="recompute"),
 }
 
@@ -132,71 +144,107 @@ def memory_of(kind: str, name: str, V: int, dtype: str, tokens: int) -> int:
     return int(done.stdout.split()[-1])
 
 
-def report(title: str, best: dict[str, dict[str, float]], extra: dict[str, int], limits: dict[str, str]) -> None:
-    print(f"\n{title}")
-    plain = best["plain"]["cpu_seconds"]
-    for name, seconds in best.items():
-        memory = f"{extra[name] / MIB:8.0f} MiB extra" if name in extra else " " * 18
-        ratio = seconds["cpu_seconds"] / plain
-        print(f"  {name:34} {seconds['cpu_seconds']:7.2f} CPU s {ratio:6.2f} x plain {memory}  {limits.get(name, '')}")
+def row(case: str, variant: str, **figures: Any) -> Row:
+    """One line of the table; columns that do not apply stay empty."""
+    columns = ("CPU s", "x plain", "at most", "x compiled", "extra MiB", "loss error", "hidden error", "weight error")
+    return {"case": case, "variant": variant, **dict.fromkeys(columns), **figures}
 
 
-def vocabulary(V: int, dtype: torch.dtype, rounds: int, limits: dict[str, str]) -> dict[str, Any]:
+def vocabulary(V: int, dtype: torch.dtype, rounds: int) -> list[Row]:
     short = str(dtype).removeprefix("torch.")
     variants = dict(VARIANTS)
-    try:
-        import cut_cross_entropy  # noqa: F401
-    except ImportError:
-        variants.pop("cut-cross-entropy torch_compile")
-    inputs = vocabulary_inputs(V, dtype)
-    best = interleaved(variants, inputs, rounds)
-    extra = {name: memory_of("vocabulary", name, V, short, TOKENS) for name in variants}
-    report(f"{TOKENS} x {HIDDEN} x {V}, {short}", best, extra, limits)
-    peer = best.get("cut-cross-entropy torch_compile")
-    if peer:
-        print(
-            f"  memopt is {best['memopt']['cpu_seconds'] / peer['cpu_seconds']:.2f} x cut-cross-entropy torch_compile"
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        variants.pop(PEER)
+    if dtype == torch.float32:
+        variants.pop("memopt, added by chunk")  # what the default does in this dtype
+    best = interleaved(variants, vocabulary_inputs(V, dtype), rounds)
+    plain, peer = (best.get(name, {}).get("cpu_seconds") for name in ("plain", PEER))
+    rows = []
+    for name, seconds in best.items():
+        cpu = seconds["cpu_seconds"]
+        extra = memory_of("vocabulary", name, V, short, TOKENS) if dtype == torch.bfloat16 else None
+        rows.append(
+            row(
+                f"{TOKENS} x {HIDDEN} x {V}, {short}",
+                name,
+                **{
+                    "CPU s": round(cpu, 2),
+                    "x plain": round(cpu / plain, 2) if plain else None,
+                    "at most": LIMITS[short, V].get(name),
+                    "x compiled": round(cpu / peer, 2) if peer else None,
+                    "extra MiB": None if extra is None else round(extra / MIB),
+                },
+            )
         )
-    return {"V": V, "dtype": short, "seconds": best, "extra_bytes": extra}
+    return rows
 
 
-def accuracy() -> dict[str, float]:
+def accuracy() -> list[Row]:
     """Distances to float64 in bfloat16: of the loss, and relative of the gradients."""
     h, w, y = vocabulary_inputs(4000, torch.bfloat16)
     truth = [t.detach().double().requires_grad_() for t in (h, w)]
     exact = dense_linear_cross_entropy(*truth, y)
     exact.backward()
-    result = {}
-    print(f"\nDistance to float64, {TOKENS} x {HIDDEN} x 4000, bfloat16: loss, gradients of hidden and weight")
+    chunk = 256 * 4000 * 2
+    rows = []
     for name, function in {
         "plain": plain_loss,
         "memopt": VARIANTS["memopt"],
-        "memopt, 8 chunks": lambda h, w, y: linear_cross_entropy(h, w, y, chunk_bytes=256 * 4000 * 2),
-        "memopt, 8 chunks, float32 sum": lambda h, w, y: linear_cross_entropy(
-            h, w, y, chunk_bytes=256 * 4000 * 2, accumulate="float32"
+        "memopt, 256 rows of scratch": lambda h, w, y: linear_cross_entropy(h, w, y, chunk_bytes=chunk),
+        "the same, added by chunk": lambda h, w, y: linear_cross_entropy(
+            h, w, y, chunk_bytes=chunk, accumulate="weight"
         ),
         "memopt write-once": VARIANTS["memopt write-once"],
     }.items():
         loss = abs(step(function, (h, w, y)) - float(exact.detach()))
         errors = [float((a.grad.double() - b.grad).norm() / b.grad.norm()) for a, b in zip((h, w), truth, strict=True)]
-        print(f"  {name:34} {loss:.1e}  {errors[0]:.2e}  {errors[1]:.2e}")
-        result[name] = [loss, *errors]
-    return result
+        named = dict(zip(("loss error", "hidden error", "weight error"), (loss, *errors), strict=True))
+        rows.append(row(f"{TOKENS} x {HIDDEN} x 4000, bfloat16", name, **named))
+    return rows
 
 
-def pairs(rounds: int) -> dict[str, Any]:
+def memory_by_tokens() -> list[Row]:
+    cases = ((32000, 16384), (128256, 256), (128256, 4096))
+    return [
+        row(
+            f"{tokens} x {HIDDEN} x {V}, bfloat16",
+            "memopt",
+            **{"extra MiB": round(memory_of("vocabulary", "memopt", V, "bfloat16", tokens) / MIB)},
+        )
+        for V, tokens in cases
+    ]
+
+
+def pairs(rounds: int) -> list[Row]:
     best = interleaved(PAIR_VARIANTS, pair_inputs(), rounds)
-    extra = {name: memory_of("pairs", name, 0, "float32", 0) for name in PAIR_VARIANTS}
-    title = f"Contrastive, {PAIRS} pairs x {WIDTH}, float32"
-    report(title, best, extra, {"memopt": "(at most 1.1 x, under 64 MiB)"})
-    return {"seconds": best, "extra_bytes": extra}
+    plain = best["plain"]["cpu_seconds"]
+    return [
+        row(
+            f"contrastive, {PAIRS} pairs x {WIDTH}, float32",
+            name,
+            **{
+                "CPU s": round(seconds["cpu_seconds"], 2),
+                "x plain": round(seconds["cpu_seconds"] / plain, 2),
+                "at most": 1.1 if name == "memopt" else None,
+                "extra MiB": round(memory_of("pairs", name, 0, "float32", 0) / MIB),
+            },
+        )
+        for name, seconds in best.items()
+    ]
+
+
+def show(rows: list[Row]) -> None:
+    table = Table(*rows[0])
+    for line in rows:
+        table.add_row(*(results.text(value) for value in line.values()))
+    Console(width=160).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round, the smaller vocabulary only")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds after the one that warms up")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--quick", action="store_true", help="one round, the smaller vocabulary in bfloat16 only")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds after the one that warms up, fewer where slow")
+    parser.add_argument("--save", action="store_true", help="keep the table in benchmarks/results")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -206,25 +254,27 @@ def main() -> None:
         print(extra_bytes((PAIR_VARIANTS if kind == "pairs" else VARIANTS)[name], inputs))
         return
     rounds = 1 if options.quick else options.rounds
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, least of {rounds} rounds"
-    )
-    bf16, fp32 = torch.bfloat16, torch.float32
-    once = {"memopt write-once": "(at most 1.4 x)"}
-    figures: dict[str, Any] = {"accuracy": accuracy(), "vocabulary": []}
-    jobs = [(32000, bf16, {"memopt": "(at most 0.9 x, 96 MiB)", **once}), (32000, fp32, {"memopt": "(at most 1.1 x)"})]
+    tables = [accuracy, lambda: vocabulary(32000, torch.bfloat16, rounds)]
     if not options.quick:
-        jobs.append((128256, bf16, {"memopt": "(at most 1.0 x, 96 MiB)", **once}))
-        jobs.append((128256, fp32, {"memopt": "(at most 1.3 x)"}))
-    for V, dtype, limits in jobs:
-        figures["vocabulary"].append(vocabulary(V, dtype, rounds, limits))
-    many = {tokens: memory_of("vocabulary", "memopt", 128256, "bfloat16", tokens) for tokens in (256, 1024, 4096)}
-    print("\nExtra memory of memopt at 128256 entries, bfloat16, by tokens (at most 96 MiB)")
-    print("  " + ", ".join(f"{tokens}: {extra / MIB:.0f} MiB" for tokens, extra in many.items()))
-    figures["extra_bytes_by_tokens"] = many
-    figures["pairs"] = pairs(rounds)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
+        tables += [
+            lambda: vocabulary(128256, torch.bfloat16, max(1, rounds - 1)),
+            lambda: vocabulary(32000, torch.float32, max(1, rounds - 1)),
+            lambda: vocabulary(128256, torch.float32, max(1, rounds - 2)),
+            memory_by_tokens,
+            lambda: pairs(1),
+        ]
+    every: list[Row] = []
+    for make in tables:
+        every += (made := make())
+        show(made)
+    if options.save:
+        notes = [
+            f"`python -m benchmarks.losses`: forward and backward, least CPU seconds of {rounds} rounds or fewer.",
+            "Errors are distances to float64, of gradients relative in norm. Compiled is cut-cross-entropy's "
+            "`torch_compile`; extra memory is beyond inputs and gradients, at most 96 MiB asked (contrastive 64).",
+        ]
+        for path in results.save("losses", "Losses without logits", every, notes):
+            print(path)
 
 
 if __name__ == "__main__":
