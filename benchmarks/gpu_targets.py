@@ -152,7 +152,7 @@ def layer_jobs() -> Iterator[Job]:
 
 def loss_jobs() -> Iterator[Job]:
     """The loss kernels with every option on, which is what needs most registers."""
-    from memopt.kernels.losses import logits_triton, tile_pass, tiles_triton
+    from memopt.kernels.losses import logits_triton, pairs_triton, tile_pass, tiles_triton
 
     inputs = dict.fromkeys(("bias_ptr", "weight_ptr", "soft_ptr", "scale_ptr", "class_weight_ptr", "out_ptr"), F32)
     inputs |= dict.fromkeys(("target_ptr", "index_ptr", "argmax_ptr"), I64)
@@ -171,10 +171,15 @@ def loss_jobs() -> Iterator[Job]:
     yield _job("tile statistics", kernel, tiled, {**on, **constants}, aligned=also, **options)
     constants, options = _split(tile_pass.GRADIENT_TILE)
     for owner, own in (("rows", True), ("entries", False)):
-        types = {**tiled, "out_ptr": F32 if own else BF16}
         values = {**on, **constants, "ROWS_OWN": own, "SPLIT": own}
         kernel = tiles_triton.gradient_kernel
-        yield _job(f"tile gradient, {owner} own", kernel, types, values, aligned=also, **options)
+        yield _job(f"tile gradient, {owner} own", kernel, tiled, values, aligned=also, **options)
+    inputs |= {"highest_ptr": F32, "total_ptr": F32, "row_ptr": F32, "column_ptr": F32, "C": "i32"}
+    constants, options = _split(pairs_triton.COLUMN_TILE)
+    yield _job("pairs columns", pairs_triton.column_kernel, inputs, constants, aligned=also, **options)
+    values = {**on, "BLOCK": pairs_triton.GRADIENT_BLOCK}
+    options = {"num_warps": pairs_triton.GRADIENT_WARPS}
+    yield _job("pairs gradient", pairs_triton.gradient_kernel, inputs, values, aligned=also, **options)
 
 
 def _split(tile: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:

@@ -38,7 +38,7 @@ def shapes(place: Place, model: str) -> list[tuple[int, ...]]:
     """``large``: 2**30 parameters in 16 tensors; ``124M``: GPT-2, biases and norms included."""
     if model == "large":
         return [(place.size(1 << 14, 8), 4096)] * place.size(16, 2)
-    width, layers = place.size(768, 64), place.size(12, 2)
+    width, layers = place.size(768, 64), place.size(12, 1)
     block = [(width,)] * 4 + [(3 * width, width), (3 * width,), (width, width), (width,)]
     block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
     return [(place.size(50257, 101), width), (place.size(1024, 16), width), (width,), (width,), *block * layers]
