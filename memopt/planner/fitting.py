@@ -181,7 +181,7 @@ def _combinations(trace: Trace, allow_block_coordinate: bool) -> list[tuple[Chan
     axes: list[list[Change | None]] = [
         [None, chunked_loss()],
         [None, *states, *([offload_state()] if has_state else [])],
-        [None, release_gradients()],
+        [None, *([release_gradients()] if trace.meta.get("gradients") != "released" else [])],
         [None, *([one_block_at_a_time()] if allow_block_coordinate else [])],
     ]
     every = [tuple(one for one in pick if one is not None) for pick in itertools.product(*axes)]

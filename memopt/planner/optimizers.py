@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from memopt.planner.faking import Faker
@@ -41,6 +42,12 @@ def state_bits(optimizer: Optimizer) -> float:
     for tensor in tensors_in(list(optimizer.state.values())):
         sizes[tensor.element_size()] += tensor.untyped_storage().nbytes()
     return 8.0 * sizes.most_common(1)[0][0] if sizes else 32.0
+
+
+def steps_in_backward(model: nn.Module) -> bool:
+    """Whether memopt updates the model's parameters inside backward; told by the home of the hooks on them."""
+    hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) or {} for parameter in model.parameters()]
+    return any("gradient_release" in (getattr(h, "__module__", "") or "") for found in hooks for h in found.values())
 
 
 def forget_unused(optimizer: Optimizer, recorder: Recorder) -> None:

@@ -13,13 +13,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from memopt.planner.assembling import assemble
+from memopt.planner.changes import release_gradients
 from memopt.planner.cuda_rules import CudaRules, workspace_bytes
 from memopt.planner.eager import eager_paths, quiet_fakes
 from memopt.planner.faking import Faker, faked
 from memopt.planner.guessing import Guesses
 from memopt.planner.losses import LossFn, TraceError, find_loss
 from memopt.planner.named_optimizers import NamedOptimizer
-from memopt.planner.optimizers import forget_unused, settled_twin, state_bits
+from memopt.planner.optimizers import forget_unused, settled_twin, state_bits, steps_in_backward
 from memopt.planner.recorder import Recorder
 from memopt.planner.values import Category, Trace
 
@@ -46,7 +47,8 @@ def trace(
             the output itself where it is a scalar, its ``loss`` where it has one, else the mean of its first
             floating-point tensor.
         optimizer: whose step is traced, with gradients freed after it as ``zero_grad`` does: an object, or a name such
-            as "adamw8bit" for the bytes that it would keep. None: no step.
+            as "adamw8bit" for the bytes that it would keep. None: no step. Where ``memopt.optim.release_gradients`` has
+            been given the optimizer, every gradient goes as soon as backward has made it.
         autocast: run forward and loss under ``torch.autocast`` of this type.
         accumulate: forward and backward passes before the optimizer's step.
         device: type of the device that the step is to run on, "cpu" or "cuda"; default: where the parameters are (those
@@ -77,7 +79,12 @@ def trace(
     except Exception as error:
         raise TraceError(_explain(recorder, error)) from error
     made = assemble(model, recorder)
-    return made if bits is None else replace(made, meta={**made.meta, "state_bits": bits})
+    if bits is None:
+        return made
+    made = replace(made, meta={**made.meta, "state_bits": bits})
+    if accumulate == 1 and steps_in_backward(model):
+        made = release_gradients().apply(replace(made, meta={**made.meta, "gradients": "released"}))
+    return made
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import memopt
+from memopt.optim import AdamW8bit, release_gradients
 from memopt.planner import Trace, trace
 from tests.planner import nets
 
@@ -237,3 +238,14 @@ def test_unused_parameters_have_no_state() -> None:
     found = metered(model, inputs, squares, optimizer)
     assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.001)
     assert at_peak(traced)["optimizer_state"] == found.by_category["optimizer_state"]
+
+
+def test_gradients_that_are_released_in_backward() -> None:
+    model, inputs = nn.Sequential(*[nn.Linear(256, 256) for _ in range(6)]), (torch.ones(2, 256),)
+    optimizer = AdamW8bit(model.parameters(), lr=1e-3)
+    plain = trace(model, inputs, squares, optimizer)
+    with release_gradients(optimizer):
+        traced = trace(model, inputs, squares, optimizer)
+        found = metered(model, inputs, squares, optimizer)
+    assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.01)
+    assert traced.peak_bytes < plain.peak_bytes - 3 * 256 * 256 * 4
