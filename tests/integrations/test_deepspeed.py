@@ -1,19 +1,27 @@
-"""DeepSpeed with memopt's optimizers as client optimizer: ZeRO 1, 2 and 3 on two gloo ranks, checkpoints included."""
+"""DeepSpeed with memopt's optimizers as client optimizer: ZeRO 1, 2 and 3 on two gloo ranks, checkpoints included.
+
+Ends with ZeRO 3 on real text, and with the example.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import statistics
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from memopt.offload import UnsupportedBlockError, apply
 from memopt.optim import AdamW
+from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import batch, loss_of, made
+from tests.integrations import deepspeed_text, real_text
 
 pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
 
@@ -22,10 +30,10 @@ FORMATS = ("fp32", "8bit")
 SAVED, STEPS = 2, 4
 
 
-def engine(stage: int, state: str) -> tuple[Any, AdamW]:
+def engine(stage: int, state: str, model: nn.Module | None = None) -> tuple[Any, AdamW]:
     import deepspeed
 
-    _, model = made("plain")
+    model = made("plain")[1] if model is None else model
     optimizer = AdamW(model.parameters(), lr=1e-3, state=state)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -45,6 +53,41 @@ def train(module: Any, steps: range) -> list[float]:
     return losses
 
 
+def plan_of() -> Any:
+    """What the layers save is swapped and recomputed by turns."""
+    _, model = made("plain")
+    paths = [f"layers.{n}" for n in range(len(model.layers))]
+    blank = SimpleNamespace(blocks=tuple(BlockPlan(path, 0, "", ()) for path in paths), swap_tier="disk")
+    with apply(model, blank) as handle:
+        loss_of(model, 0)
+        counts = [len(planned._templates[0].saved) for planned in handle.blocks]
+    blocks = tuple(
+        BlockPlan(path, 0, "", tuple(StorageAction(n, 0, Action.RECOMPUTE if n % 2 else Action.SWAP) for n in range(c)))
+        for path, c in zip(paths, counts, strict=True)
+    )
+    return SimpleNamespace(blocks=blocks, swap_tier="disk")
+
+
+def under_a_plan(stage: int, plan: Any, early: bool) -> Any:
+    """The losses of the first steps and how often blocks were replayed, or why the plan is refused."""
+    if early:  # before DeepSpeed has seen the model
+        _, model = made("plain")
+        handle = apply(model, plan)
+        module = engine(stage, "fp32", model)[0]
+    else:
+        module, _ = engine(stage, "fp32")
+        try:
+            handle = apply(module.module, plan)
+        except UnsupportedBlockError as error:
+            return str(error)
+    try:
+        losses = train(module, range(SAVED))
+    except UnsupportedBlockError as error:
+        return str(error)
+    handle.remove()
+    return losses, handle.counts.replays, handle.counts.whole
+
+
 def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[str, Any]]:
     """All cases in one pair of processes: DeepSpeed takes seconds to import and keeps its process groups."""
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2")
@@ -52,16 +95,22 @@ def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[
     results = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own
+        plan = plan_of()
         for stage in STAGES:
             for state in FORMATS:
                 module, optimizer = engine(stage, state)
                 losses = train(module, range(SAVED))
-                module.save_checkpoint(f"{folder}/{stage}{state}", tag="here")
+                if state == "8bit":
+                    module.save_checkpoint(f"{folder}/{stage}", tag="here")
                 losses += train(module, range(SAVED, STEPS))
-                again, _ = engine(stage, state)
-                again.load_checkpoint(f"{folder}/{stage}{state}", tag="here")
-                resumed = train(again, range(SAVED, STEPS))
-                results[stage, state] = {"losses": losses, "resumed": resumed, "bytes": optimizer.state_bytes()}
+                results[stage, state] = {"losses": losses, "bytes": optimizer.state_bytes()}
+            again, _ = engine(stage, "8bit")
+            again.load_checkpoint(f"{folder}/{stage}", tag="here")
+            results[stage, "resumed"] = train(again, range(SAVED, STEPS))
+            results[stage, "plan"] = under_a_plan(stage, plan, early=False)
+        results[3, "early plan"] = under_a_plan(3, plan, early=True)
+        results[3, "text"] = deepspeed_text.zero_3(rank, folder)
+        deepspeed_text.example(folder)
     return results
 
 
@@ -104,8 +153,17 @@ def test_8bit_states_follow_and_are_small(results: Any, stage: int) -> None:
         assert one["bytes"] <= 2.04 * (numel / 2 + 2)
 
 
-@pytest.mark.parametrize("state", FORMATS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_checkpoints_resume_bitwise(results: Any, stage: int, state: str) -> None:
+def test_checkpoints_resume_bitwise(results: Any, stage: int) -> None:
     for got in results:
-        assert got[stage, state]["resumed"] == got[stage, state]["losses"][SAVED:]
+        assert got[stage, "resumed"] == got[stage, "8bit"]["losses"][SAVED:]
+
+
+def test_zero_3_on_real_text_has_the_loss_of_plain_pytorch(results: Any) -> None:
+    ours = [statistics.fmean(pair) for pair in zip(*(got[3, "text"]["losses"] for got in results), strict=True)]
+    assert ours == pytest.approx(real_text.reference(deepspeed_text.STEPS), rel=0.01)
+
+
+def test_zero_3_on_real_text_resumes_bitwise(results: Any) -> None:
+    for got in results:
+        assert got[3, "text"]["resumed"] == got[3, "text"]["losses"][deepspeed_text.SAVED :]
