@@ -12,49 +12,67 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import memopt
+from benchmarks.results import save, text
 from examples.gpt import GPT, GPTConfig
 from memopt.planner import Buffer, Trace, place
 from memopt.planner.placement import find_fault, max_live, read_csv, two_levels
 from tests.planner.placement_cases import planted, scattered
 
 SEEDS = 8
+LAYERS = (1, 4, 12)
 # minimalloc 9f5cf81 built natively, seconds of one run on 2 cores, for comparison.
 MINIMALLOC_SECONDS = dict(zip("ABCDEFGHIJK", (6.1, 4.3, 0.8, 4.3, 3.6, 5.8, 1.2, 1.7, 4.6, 1.6, 0.5), strict=True))
 
 
 def main() -> None:
-    """Prints one line an instance."""
+    """Print the figures."""
     parser = argparse.ArgumentParser(description="seconds and quality of address planning")
     parser.add_argument("folder", nargs="?", type=Path, help="minimalloc CSV files, NAME.CAPACITY.csv")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--time-limit", type=float, default=60.0)
+    parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results")
     arguments = parser.parse_args()
     place([Buffer(0, 1, 1)], methods=["search"])
     place(planted(0, 20, 99), methods=["search"])  # compiles and loads the native code outside the measurement
-    print(
-        f"{'instance':30} {'n':>5} {'placed':>7} {'median s':>9} {'max s':>7} {'over max-live':>13} proven minimalloc s"
-    )
-    traces = {layers: traced(layers) for layers in (1, 4, 12)}
-    for layers, trace in traces.items():
-        show(f"GPT step, {layers} layers", buffers_of(trace), None, 1, arguments.time_limit)
+    rows = list(instances(arguments.folder, arguments.seeds, arguments.time_limit))
+    notes = ["python -m benchmarks.placement FOLDER", "CPU seconds of one core; minimalloc: its native build, one run"]
+    show("address planning", rows)
+    levels = [two_level_row(f"GPT step, {layers} layers", traced(layers)) for layers in LAYERS]
+    show("two levels (each layer's forward and backward first) against flat", levels)
+    if arguments.save:
+        save("placement", "Address planning", [*rows, *levels], notes)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(text(value) for value in row.values()))
+    Console(width=130).print(table)
+
+
+def instances(folder: Path | None, seeds: int, limit: float) -> Iterator[dict[str, Any]]:
+    """One row an instance: traced GPTs, random and planted ones, and every minimalloc CSV of the folder."""
+    for layers in LAYERS:
+        yield row(f"GPT step, {layers} layers", buffers_of(traced(layers)), None, 1, limit)
     for seed in range(5):
-        show(f"random {seed}", scattered(seed, 200), None, 1, arguments.time_limit)
+        yield row(f"random {seed}", scattered(seed, 200), None, 1, limit)
     for count in (100, 200, 300):
         for cuts in (0.4, 0.6):
             name = f"planted {count}, {cuts:.0%} time cuts"
-            show(name, planted(count, count, 1 << 20, cut_time=cuts), 1 << 20, arguments.seeds, arguments.time_limit)
-    for file in sorted(arguments.folder.glob("*.csv")) if arguments.folder else ():
+            yield row(name, planted(count, count, 1 << 20, cut_time=cuts), 1 << 20, seeds, limit)
+    for file in sorted(folder.glob("*.csv")) if folder else ():
         numbers = [int(part) for part in file.name.split(".") if part.isdigit()]
-        show(file.stem, read_csv(file), numbers[-1] if numbers else None, arguments.seeds, arguments.time_limit)
-    print("\ntwo levels (each layer's forward and backward first) against flat, peak in bytes")
-    for layers, trace in traces.items():
-        show_levels(f"GPT step, {layers} layers", trace)
+        yield row(file.stem, read_csv(file), numbers[-1] if numbers else None, seeds, limit)
 
 
 def traced(layers: int) -> Trace:
@@ -69,7 +87,7 @@ def buffers_of(trace: Trace) -> list[Buffer]:
     return [Buffer(s.birth, s.death, s.bytes, s.name) for s in trace.storages if s.birth < s.death]
 
 
-def show(name: str, buffers: Sequence[Buffer], capacity: int | None, seeds: int, time_limit: float) -> None:
+def row(name: str, buffers: Sequence[Buffer], capacity: int | None, seeds: int, time_limit: float) -> dict[str, Any]:
     """The placements of one instance over the seeds."""
     answers = []
     seconds = []
@@ -82,16 +100,19 @@ def show(name: str, buffers: Sequence[Buffer], capacity: int | None, seeds: int,
         answers.append(answer)
     placed = sum(answer.status.value == "placed" for answer in answers)
     over = max(answer.peak for answer in answers) / max_live(buffers) - 1
-    proven = sum(answer.proven for answer in answers)
-    theirs = MINIMALLOC_SECONDS.get(name.split(".")[0], "")
-    print(
-        f"{name:30} {len(buffers):5} {placed:2} of {seeds:1} {statistics.median(seconds):9.3f} {max(seconds):7.2f} "
-        f"{over:13.2%} {proven} of {seeds}  {theirs}",
-        flush=True,
-    )
+    return {
+        "instance": name,
+        "buffers": len(buffers),
+        "placed": f"{placed} of {seeds}",
+        "median s": round(statistics.median(seconds), 3),
+        "longest s": round(max(seconds), 2),
+        "over max-live": f"{over:.2%}",
+        "proven": f"{sum(answer.proven for answer in answers)} of {seeds}",
+        "minimalloc s": MINIMALLOC_SECONDS.get(name.split(".")[0]),
+    }
 
 
-def show_levels(name: str, trace: Trace) -> None:
+def two_level_row(name: str, trace: Trace) -> dict[str, Any]:
     """MEMO's two levels over the traced blocks, against the flat placement."""
     buffers = buffers_of(trace)
     windows = sorted({window for block in trace.blocks for window in (block.forward, block.backward)})
@@ -101,7 +122,7 @@ def show_levels(name: str, trace: Trace) -> None:
         sys.exit(f"{name}: overlapping buffers")
     peak = max(offset + buffer.size for offset, buffer in zip(offsets, buffers, strict=True))
     flat = place(buffers).peak
-    print(f"{name:30} two levels {peak}, flat {flat}: {peak / flat - 1:+.2%}")
+    return {"instance": f"{name}, two levels", "peak": peak, "flat": flat, "loss": f"{peak / flat - 1:+.2%}"}
 
 
 if __name__ == "__main__":
