@@ -75,17 +75,21 @@ def quantize_blockwise(
     check_floating("x", x)
     check_rounding(rounding)
     x = x.detach()
-    if out is None and is_registered(codec):
-        key = [_signed(part) for part in (seed, step, number, offset)]
-        codes, scales = quantize_ops.quantize(x, codec.name, codec.block, rounding, *key)
-        return Quantized(codes, scales, tuple(x.shape), codec)
-    if out is None:
-        out = Quantized(*quantize_ops.empty(x, codec), tuple(x.shape), codec)
-    if tuple(out.shape) != tuple(x.shape) or out.codec != codec or out.codes.device != x.device:
+    if out is not None and (tuple(out.shape) != tuple(x.shape) or out.codec != codec or out.codes.device != x.device):
         raise ValueError(
             f"out must hold {tuple(x.shape)} as {codec} on {x.device}, got {tuple(out.shape)} as {out.codec} on "
             f"{out.codes.device}; make it with Quantized.zeros"
         )
+    if is_registered(codec) and (out is None or torch.compiler.is_compiling()):
+        key = [_signed(part) for part in (seed, step, number, offset)]
+        codes, scales = quantize_ops.quantize(x, codec.name, codec.block, rounding, *key)
+        if out is None:
+            return Quantized(codes, scales, tuple(x.shape), codec)
+        out.codes.copy_(codes)
+        out.scales.copy_(scales)
+        return out
+    if out is None:
+        out = Quantized(*quantize_ops.empty(x, codec), tuple(x.shape), codec)
     quantize_ops.encode(x, out.codes, out.scales, codec, Rounding(rounding, seed, step, number, offset))
     return out
 
@@ -100,16 +104,18 @@ def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32, ou
     """
     if out is None and dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    if out is None and is_registered(q.codec):
+    if out is not None:
+        check_floating("out", out)
+        if tuple(out.shape) != tuple(q.shape) or out.device != q.codes.device or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous {q.shape} on {q.codes.device}, got {tuple(out.shape)} on {out.device}"
+            )
+        dtype = out.dtype
+    if is_registered(q.codec) and (out is None or torch.compiler.is_compiling()):
         made: Tensor = quantize_ops.dequantize(q.codes, q.scales, q.shape, q.codec.name, q.codec.block, dtype)
-        return made
+        return made if out is None else out.copy_(made)
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
-    check_floating("out", out)
-    if tuple(out.shape) != tuple(q.shape) or out.device != q.codes.device or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous {q.shape} on {q.codes.device}, got {tuple(out.shape)} on {out.device}"
-        )
     quantize_ops.decode(q.codes, q.scales, q.codec, out)
     return out
 

@@ -38,6 +38,19 @@ def test_compiles_in_one_graph(name: str, dynamic: bool) -> None:
         assert torch.equal(compiled(x), there_and_back(x))
 
 
+def test_compiles_with_out() -> None:
+    def there_and_back(x: torch.Tensor, held: Quantized, y: torch.Tensor) -> torch.Tensor:
+        return dequantize_blockwise(quantize_blockwise(x, "sq15", out=held), out=y) + 1
+
+    x, expected = torch.randn(4, 300), torch.empty(4, 300)
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    plain, held = Quantized.zeros((4, 300), "sq15"), Quantized.zeros((4, 300), "sq15")
+    y = torch.empty(4, 300)
+    assert torch.equal(compiled(x, held, y), there_and_back(x, plain, expected))
+    assert torch.equal(held.codes, plain.codes)
+    assert torch.equal(y, expected)
+
+
 def test_fake_tensors_need_no_memory() -> None:
     with FakeTensorMode():
         q = quantize_blockwise(torch.empty(1 << 20, 1 << 20), "sq15")
@@ -76,7 +89,9 @@ def test_large_results_are_written_past_the_caches(monkeypatch: pytest.MonkeyPat
         assert torch.equal(y[:8200], y[8200:])
 
 
-def test_a_codec_that_is_not_registered() -> None:
+def test_a_codec_that_is_not_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_KERNELS", "torch")
+
     @dataclass(frozen=True)
     class Half(SignedSquare):
         name: str = "half"
