@@ -60,6 +60,20 @@ def test_cross_entropy_as_a_special_case() -> None:
     torch.testing.assert_close(*results, rtol=8e-3, atol=8e-3)
 
 
+def test_autocast_and_func_grad() -> None:
+    t = tensors(torch.float32)
+    h, w = t["hidden"].detach(), t["weight"].detach()
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return chunked_loss(lambda z: z.square().sum(), h, w)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = loss(h, w)
+    torch.testing.assert_close(cast, loss(h.bfloat16(), w.bfloat16()), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"chunked_loss differentiates fn itself, so not under torch\.func"):
+        torch.func.grad(loss)(h, w)
+
+
 def test_only_what_is_needed() -> None:
     t = tensors()
     with torch.no_grad():
@@ -109,6 +123,7 @@ def test_compile_leaves_it_to_eager_mode() -> None:
         ({"hidden": torch.randn(8)}, ValueError, r"hidden must have shape \(N, ..., H\)"),
         ({"weight": torch.randn(4, 9)}, ValueError, "hidden must end in weight's 9 features"),
         ({"bias": torch.randn(4)}, ValueError, r"bias must have shape \(11,\)"),
+        ({"accumulate": "once"}, ValueError, "accumulate must be 'weight' or 'float32' in chunked_loss, got 'once'"),
         ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be positive"),
     ],
 )

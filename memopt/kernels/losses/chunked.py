@@ -42,17 +42,22 @@ def chunked_loss(
         rows: tensors with first dimension N: targets, masks, a teacher's hidden states.
         shared: tensors every chunk gets whole: a temperature, a teacher's weight.
         chunk_bytes: logits of a chunk in the dtype of ``hidden``; 32 MiB unless given. ``fn`` may need several times.
-        accumulate: of the weight's gradient, as in :func:`memopt.linear_cross_entropy`.
+        accumulate: "weight" adds a chunk's part of the weight's gradient in the weight's dtype, in 16 bits with an
+            error of about sqrt((K + 1) / 2) roundings for K chunks; "float32" rounds once, for 4 bytes per element.
 
     Returns:
         The scalar sum. Every floating input that requires a gradient gets one.
 
     Raises:
         ValueError, TypeError: inputs that do not fit, or a result of ``fn`` that is not a scalar.
-        RuntimeError: a second backward, or a second derivative. torch.compile leaves the call to eager mode.
+        RuntimeError: a second backward, a second derivative, or a transform of ``torch.func``. torch.compile leaves the call to eager mode.
 
     Cost: a chunk of logits and what ``fn`` makes of it; time of three products.
     """
+    if torch._C._functorch.get_interpreter_stack() is not None:
+        raise RuntimeError(
+            "chunked_loss differentiates fn itself, so not under torch.func; use backward or autograd.grad"
+        )
     check_pair(hidden, weight)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must have shape (N, ..., H), got {tuple(hidden.shape)}")
@@ -64,6 +69,8 @@ def chunked_loss(
             raise ValueError(f"rows[{index}] must have first dimension {N} as hidden, got {tuple(tensor.shape)}")
     if bias is not None and tuple(bias.shape) != (V,):
         raise ValueError(f"bias must have shape ({V},), got {tuple(bias.shape)}")
+    if accumulate not in ("weight", "float32"):
+        raise ValueError(f"accumulate must be 'weight' or 'float32' in chunked_loss, got {accumulate!r}")
     settings = Settings(chunk_bytes=_CHUNK_BYTES if chunk_bytes is None else chunk_bytes, accumulate=accumulate)
     if (cast := autocast_dtype(hidden.device)) is not None:
         hidden, weight = hidden.to(cast), weight.to(cast)
