@@ -81,6 +81,11 @@ class Handle:
             elif self._steps == 2 and self.report is None:
                 self.step_report(self._meter(start=False))
 
+    def begin(self) -> None:
+        """A step begins: every forward of the model says so by itself, but for the one in whose own hook the plan was
+        applied; call it there."""
+        self._entered(self.model, ())
+
     @staticmethod
     def _meter(start: bool) -> int | None:
         if not torch.cuda.is_available():

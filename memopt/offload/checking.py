@@ -38,7 +38,22 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
             )
         if type(module).__module__.startswith("torch.jit"):
             raise UnsupportedBlockError(f"block {where!r} is a TorchScript module, whose code cannot be replayed")
+    refuse_partitioned(block, path)
     return block
+
+
+def refuse_partitioned(block: nn.Module, path: str) -> None:
+    """Refuse parameters that DeepSpeed has partitioned.
+
+    Raises:
+        UnsupportedBlockError: they have; hooks inside the block put other storages under them in each call.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in block.parameters()):
+        raise UnsupportedBlockError(
+            f"block {path!r} has parameters that DeepSpeed ZeRO-3 partitions and gathers inside the block, so that "
+            "what it saves cannot be told from its weights; use ZeRO stage 1 or 2, or FSDP2 (fully_shard on each "
+            "block), or leave the block out of the plan"
+        )
 
 
 def check_actions(plan: BlockPlan) -> None:

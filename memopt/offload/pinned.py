@@ -2,13 +2,12 @@
 
 Out: the copy stream waits for what has been computed so far, then copies; the storage is held until its copy has
 finished, at most ``in_flight_bytes`` of them, beyond which compute waits for the oldest copy. In: when a storage is
-fetched, the copies of those that were put away before it are started as well, up to ``ahead_bytes``, because backward
-asks in the opposite order of forward. Pinned buffers are reused; making one is slower than many copies.
+fetched, the copies of those that were put away before it are started as well, up to ``prefetch_bytes``, because
+backward asks in the opposite order of forward. Pinned buffers are reused; making one is slower than many copies.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from weakref import ref
 
@@ -23,6 +22,10 @@ _MIB = 2**20
 
 def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def _event(timed: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
 
 
 def _passed(event: torch.cuda.Event) -> bool:
@@ -88,20 +91,20 @@ class PinnedPool:
 class PinnedSlot(Slot):
     """One storage in pinned memory, on its way out, or on its way back."""
 
-    def __init__(self, tier: PinnedTier, tensor: Tensor, moved_bytes: int | None) -> None:
+    def __init__(self, tier: PinnedTier, tensor: Tensor, moved_bytes: int | None, number: int) -> None:
         super().__init__(tensor, moved_bytes)
-        self._tier = tier
+        self._tier, self.number = tier, number
         self._buffer = tier.pool.take(self.moved_bytes)
         self._back: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
         source = first_bytes(tensor, self.moved_bytes)
-        compute = torch.cuda.current_stream(self.device)
+        out, _ = tier.streams(self.device)
         # The values must be complete before the copy reads them.
-        tier.out_stream.wait_stream(compute)
-        with torch.cuda.stream(tier.out_stream):
+        out.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(out):
             self._buffer[: self.moved_bytes].copy_(source, non_blocking=True)
-            self.left = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.left.record(tier.out_stream)
+        self.left = _event()
+        self.left.record(out)
         tier.leaving(self.left, source)
         tier.held_bytes += self.moved_bytes
         tier.moved_bytes += self.moved_bytes
@@ -111,16 +114,17 @@ class PinnedSlot(Slot):
         if self._back is not None:
             return
         tier = self._tier
+        _, back = tier.streams(self.device)
         # Allocated on the compute stream, where it will be used and freed; the copy must not start before memory that
         # this allocation reuses has been read for the last time.
         self._back = self.empty()
-        tier.in_stream.wait_stream(torch.cuda.current_stream(self.device))
+        back.wait_stream(torch.cuda.current_stream(self.device))
         # The way out must be finished before the way back begins.
-        tier.in_stream.wait_event(self.left)
-        with torch.cuda.stream(tier.in_stream):
+        back.wait_event(self.left)
+        with torch.cuda.stream(back):
             self._back[: self.moved_bytes].copy_(self._buffer[: self.moved_bytes], non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record(tier.in_stream)
+        self._arrived = _event()
+        self._arrived.record(back)
         tier.ahead_bytes += self.storage_bytes
 
     def get(self) -> Tensor:
@@ -131,9 +135,7 @@ class PinnedSlot(Slot):
         assert self._arrived is not None
         back, self._back = self._back, None
         tier.ahead_bytes -= self.storage_bytes
-        if not _passed(self._arrived):
-            tier.late += 1
-        torch.cuda.current_stream(self.device).wait_event(self._arrived)
+        tier.wait(self._arrived, self.device)
         tier.prefetch_before(self)
         return back
 
@@ -149,7 +151,7 @@ class PinnedSlot(Slot):
 
 
 class PinnedTier(Tier):
-    """Pinned memory with two copy streams.
+    """Pinned memory with two copy streams for each device.
 
     Args:
         limit_bytes: the most host memory to pin.
@@ -162,19 +164,28 @@ class PinnedTier(Tier):
     ) -> None:
         self.pool = PinnedPool(limit_bytes)
         self.in_flight_bytes, self.prefetch_bytes = in_flight_bytes, prefetch_bytes
-        self.out_stream, self.in_stream = _stream(), _stream()
         self.ahead_bytes = 0
-        self.late = 0
+        self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._leaving_bytes = 0
-        self._order: list[ref[PinnedSlot]] = []
-        self._retired: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._order: dict[int, ref[PinnedSlot]] = {}
+        self._next = 0
+        self._retired: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def streams(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """A device's streams for copies out and in; a copy on another device's stream would not wait for anything."""
+        if device not in self._streams:
+            with torch.cuda.device(device):
+                self._streams[device] = _stream(), _stream()
+        return self._streams[device]
 
     def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
         """Start the copy out."""
         self._collect()
-        slot = PinnedSlot(self, tensor, moved_bytes)
-        self._order.append(ref(slot))
+        self._next += 1
+        slot = PinnedSlot(self, tensor, moved_bytes, self._next)
+        self._order[slot.number] = ref(slot)
         return slot
 
     def leaving(self, event: torch.cuda.Event, source: Tensor) -> None:
@@ -183,21 +194,27 @@ class PinnedTier(Tier):
         self._leaving_bytes += source.numel()
         while self._leaving and (self._leaving_bytes > self.in_flight_bytes or _passed(self._leaving[0][0])):
             done, oldest = self._leaving.popleft()
-            if not _passed(done):
-                began = time.perf_counter()
-                # The storage is freed on the compute stream: whatever reuses it must come after the copy.
-                torch.cuda.current_stream(oldest.device).wait_event(done)
-                self.stall_seconds += time.perf_counter() - began
+            # The storage is freed on the compute stream: whatever reuses it must come after the copy.
+            self.wait(done, oldest.device)
             self._leaving_bytes -= oldest.numel()
+
+    def wait(self, event: torch.cuda.Event, device: torch.device) -> None:
+        """Make compute wait for a copy, and note for how long it really waits."""
+        compute = torch.cuda.current_stream(device)
+        if _passed(event):
+            compute.wait_event(event)
+            return
+        began, ended = _event(timed=True), _event(timed=True)
+        began.record(compute)
+        compute.wait_event(event)
+        ended.record(compute)
+        self._stalls.append((began, ended))
 
     def prefetch_before(self, slot: PinnedSlot) -> None:
         """Start the copies of storages that were put away before this one: backward asks for them next."""
-        position = next((n for n in range(len(self._order) - 1, -1, -1) if self._order[n]() is slot), None)
-        if position is None:
-            return
-        for reference in reversed(self._order[:position]):
-            other = reference()
-            if other is not None:
+        for number in range(slot.number - 1, min(self._order, default=0) - 1, -1):
+            other = self._order[number]() if number in self._order else None
+            if other is not None and other.device == slot.device:
                 if self.ahead_bytes + other.storage_bytes > self.prefetch_bytes:
                     return
                 other.prefetch()
@@ -207,17 +224,20 @@ class PinnedTier(Tier):
         self._retired.append((buffer, event))
 
     def new_step(self) -> None:
-        """Forget the order of slots that are gone."""
-        self._order = [reference for reference in self._order if reference() is not None]
+        """Forget the order of slots that are gone, and add up the stalls that are over."""
+        self._order = {number: reference for number, reference in self._order.items() if reference() is not None}
+        while self._stalls and _passed(self._stalls[0][1]):
+            began, ended = self._stalls.popleft()
+            self.stall_seconds += began.elapsed_time(ended) / 1e3
         self._collect()
 
     def _collect(self) -> None:
-        waiting = []
-        for buffer, event in self._retired:
+        # Slots die in other threads, too: nothing but the ends of these queues is touched.
+        for _ in range(len(self._retired)):
+            buffer, event = self._retired.popleft()
             if _passed(event):
                 self.pool.give(buffer)
             else:
-                waiting.append((buffer, event))
-        self._retired = waiting
+                self._retired.append((buffer, event))
         while self._leaving and _passed(self._leaving[0][0]):
             self._leaving_bytes -= self._leaving.popleft()[1].numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memopt.offload.ambient import autocast, random_states
 from memopt.offload.calls import Call, Compiled, Policy, unpack
-from memopt.offload.checking import check_call
+from memopt.offload.checking import check_call, refuse_partitioned
 from memopt.offload.origin import Origin
 from memopt.offload.recording import Recorder, copy_of_storage
 from memopt.offload.replaying import replaying
@@ -44,10 +45,17 @@ class PlannedForward:
         self.was_attribute = "forward" in block.__dict__
         self.calls = 0
         self._parameters: list[nn.Parameter] = []
+        self._eager: Callable[..., Any] | None = None
         self._variants: list[dict[Any, tuple[Compiled, Policy]]] = [{} for _ in plans]
         self._templates: list[Template | None] = [None for _ in plans]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._eager is None and "torch._dynamo" in sys.modules:
+            # Around the block torch.compile may do as it likes; in here everything must run as it is written.
+            self._eager = torch._dynamo.disable(self._run)  # type: ignore[no-untyped-call]
+        return (self._eager or self._run)(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if replaying():
             # Inside the replay of an outer block: what this block saves is its own affair.
             with saved_tensors_hooks(_nothing, _nothing):
@@ -99,6 +107,11 @@ class PlannedForward:
     ) -> Any:
         """The first call of a kind: recorded while it runs, and checked against the plan."""
         plan, policy = planned
+        try:
+            refuse_partitioned(self.block, self.path)
+        except ValueError:
+            self.handle.remove()
+            raise
         self._parameters = list(self.block.parameters())
         first = self._templates[number]
         # A later kind of call keeps everything once; until it has been seen, the plan's indices mean nothing for it.

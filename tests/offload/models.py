@@ -79,8 +79,8 @@ class Views(nn.Module):
         self.blocks = nn.ModuleList(ViewBlock(16) for _ in range(3))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x, extra = self.token(tokens), torch.zeros(())
-        gate = torch.linspace(0.5, 1.0, len(tokens))
+        x, extra = self.token(tokens), torch.zeros((), device=tokens.device)
+        gate = torch.linspace(0.5, 1.0, len(tokens), device=tokens.device)
         for block in self.blocks:
             x, more = block(x, gate=gate)
             extra = extra + more["extra"]
@@ -192,7 +192,7 @@ CASES = {
 
 
 def step_loss(case: Case, model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    with torch.autocast("cpu", case.autocast or torch.bfloat16, enabled=case.autocast is not None):
+    with torch.autocast(inputs[0].device.type, case.autocast or torch.bfloat16, enabled=case.autocast is not None):
         return model(*inputs)
 
 

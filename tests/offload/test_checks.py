@@ -113,6 +113,24 @@ def test_compiled_and_scripted_blocks_are_refused_by_name() -> None:
         apply(model, _plan(BlockPlan("blocks.2", 0, "", ())))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+@pytest.mark.parametrize("first", ["apply", "compile"])
+def test_a_compiled_model_around_planned_blocks(first: str) -> None:
+    """What is around the blocks is compiled, the blocks run as written: bitwise as without."""
+    case, model, inputs, found = _gpt()
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(step_loss(case, model, inputs), list(model.parameters()))
+    compiled = torch.compile(model, backend="eager") if first == "compile" else None
+    with apply(model, make_plan(case, everything(found, Action.RECOMPUTE))) as handle:
+        compiled = compiled or torch.compile(model, backend="eager")
+        for _ in range(2):
+            torch.manual_seed(3)
+            ours = torch.autograd.grad(step_loss(case, compiled, inputs), list(model.parameters()))
+            assert same(list(ours), list(plain))
+        assert handle.counts.replays == 6
+        assert handle.counts.whole == 0
+
+
 def test_a_block_that_writes_its_parameter() -> None:
     class Clamped(nn.Module):
         def __init__(self) -> None:
