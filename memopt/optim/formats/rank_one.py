@@ -23,7 +23,7 @@ from memopt.kernels.strided import cut
 from memopt.optim.formats.base import Blockwise, Join, StateFormat, Stored, alone
 from memopt.optim.layout import Extent
 
-PIECE = 1 << 17  # elements handled at once; temporaries of fp32 values and of scales, 1 MiB together
+PIECE = 1 << 16  # elements handled at once; temporaries of fp32 values, of scales and of quotients, under 1 MiB
 
 
 @dataclass(frozen=True)
