@@ -80,21 +80,26 @@ def plan_within(
     loss_fn: Callable[..., Tensor] | None = None,
     accumulate: int = 1,
 ) -> Plan:
-    """Trace one step and plan it; the arguments are those of :func:`wrap` and ``memopt.trace``.
+    """Trace one step and plan it; the arguments are those of :func:`wrap`.
+
+    With ``accumulate``, the number of forward and backward passes before the optimizer's step, the gradients of the
+    passes before are alive during a pass: their bytes are taken off the budget, and every pass runs under one plan.
 
     Raises:
         DoesNotFitError: nothing fits; the message names the smallest budget that would.
         ValueError: see :func:`wrap`.
     """
-    from memopt.planner import format_bytes, plan, trace
+    from memopt.planner import format_bytes, parse_bytes, plan, trace
 
     on = "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu"
-    traced = trace(model, inputs, loss_fn=loss_fn, optimizer=optimizer, device=on, accumulate=accumulate)
-    chosen = plan(traced, budget=budget, hardware=hardware)
+    traced = trace(model, inputs, loss_fn=loss_fn, optimizer=optimizer, device=on)
+    kept = sum(p.nbytes for p in model.parameters() if p.requires_grad) if accumulate > 1 else 0
+    chosen = plan(traced, budget=max(1, parse_bytes(budget) - kept), hardware=hardware)
     if chosen.smallest_budget_bytes is not None:
+        smallest = chosen.smallest_budget_bytes + kept
         raise DoesNotFitError(
             f"budget {budget}: nothing fits; the smallest budget that does is "
-            f"{format_bytes(chosen.smallest_budget_bytes)} ({chosen.smallest_budget_bytes} bytes); what binds: "
+            f"{format_bytes(smallest)} ({smallest} bytes); what binds: "
             f"{chosen.binding}",
             chosen,
         )

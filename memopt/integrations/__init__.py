@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memopt.integrations.fused_head import FusedLoss, fuse_loss
-    from memopt.integrations.hf_trainer import MemoptCallback, equip
+    from memopt.integrations.hf_trainer import equip
 
 _HOMES = {
     "FusedLoss": "fused_head",
-    "MemoptCallback": "hf_trainer",
     "equip": "hf_trainer",
     "fuse_loss": "fused_head",
 }
 
-__all__ = ["FusedLoss", "MemoptCallback", "equip", "fuse_loss"]
+__all__ = ["FusedLoss", "equip", "fuse_loss"]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,8 +41,7 @@ class FirstBatchPlan:
     ) -> None:
         self.plan: Plan | None = None
         self._optimizer, self._budget, self._hardware = optimizer, budget, hardware
-        self._accumulate = min(accumulate, 2)  # the second pass is like all later ones
-        self._made = made
+        self._accumulate, self._made = accumulate, made
         self._applied: Any = None
         self._hook = model.register_forward_pre_hook(self._entered, with_kwargs=True)
 
@@ -59,6 +58,7 @@ class FirstBatchPlan:
             self._budget, model, inputs, self._optimizer, hardware=self._hardware, accumulate=self._accumulate
         )
         self._applied = apply(model, self.plan)
+        self._applied.begin()
         self._made(self.plan)
 
     def remove(self) -> None:

@@ -96,7 +96,7 @@ class LazyLogits(Tensor):
     _source: Source
     _calls: tuple[Call, ...]
     _terms: Terms | None
-    _root: LazyLogits
+    _root: LazyLogits | None  # what these derive from; None for themselves, which would be a cycle
     _real: Tensor | None
     _clean: int
 
@@ -104,7 +104,7 @@ class LazyLogits(Tensor):
     def __new__(cls, source: Source, calls: tuple[Call, ...], shape: Any, dtype: torch.dtype) -> LazyLogits:
         device = source._inputs[0].device  # type: ignore[union-attr]
         self: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._source, self._calls, self._terms, self._root = source, calls, None, self
+        self._source, self._calls, self._terms, self._root = source, calls, None, None
         self._real, self._clean = None, 0
         return self
 
@@ -113,9 +113,10 @@ class LazyLogits(Tensor):
 
     def derive(self, call: Call, terms: Terms, dtype: torch.dtype) -> LazyLogits:
         """What ``call`` makes of these logits: logits again, with these ``terms``."""
+        root = self if self._root is None else self._root
         shape = (*terms.hidden.shape[:-1], terms.weight.shape[0])
-        made: LazyLogits = _Derive.apply(self._root, self._source, (*self._calls, call), shape, dtype)  # type: ignore[no-untyped-call]
-        made._terms, made._root = terms if torch.is_grad_enabled() else terms.detached(), self._root
+        made: LazyLogits = _Derive.apply(root, self._source, (*self._calls, call), shape, dtype)  # type: ignore[no-untyped-call]
+        made._terms, made._root = terms if torch.is_grad_enabled() else terms.detached(), root
         return made
 
     def detached(self) -> LazyLogits:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -78,3 +80,19 @@ def test_logits_that_are_asked_for_are_the_stock_model_s() -> None:
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     assert logits.is_computed
     assert logits.tolist() == expected.tolist()
+
+
+def test_nothing_of_a_step_outlives_it() -> None:
+    model = build("gemma2 softcap")
+    tokens, labels = batch()
+    memopt.fuse_loss(model)
+    gc.collect()
+    gc.disable()
+    try:
+        output = model(input_ids=tokens, labels=labels)
+        held = weakref.ref(output.logits)
+        output.loss.backward()
+        del output
+        assert held() is None  # no cycle keeps the hidden states until the collector comes by
+    finally:
+        gc.enable()

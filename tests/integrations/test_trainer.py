@@ -13,7 +13,8 @@ from torch import nn
 
 import memopt
 from examples.gpt import read_text
-from memopt.integrations import MemoptCallback, equip
+from memopt.integrations import equip
+from memopt.integrations.hf_trainer import MemoptCallback
 from memopt.optim import AdamW8bit, Lion
 from memopt.wrapping import DoesNotFitError
 from tests.integrations.causal_models import transformers
@@ -83,17 +84,20 @@ def test_half_the_memory_the_same_losses_and_a_bitwise_resume(plain: tuple[list[
         assert torch.equal(a, b), name
 
 
-def test_an_optimizer_object_with_gradient_accumulation(plain: tuple[list[float], int], tmp_path: Path) -> None:
-    def run(accumulated: int, fused: bool) -> list[float]:
+def test_an_optimizer_object_with_gradient_accumulation_and_a_plan(tmp_path: Path) -> None:
+    def run(accumulated: int, budget: int | None) -> tuple[list[float], MemoptCallback]:
         model = llama(2)
         optimizer = AdamW8bit(model.parameters(), lr=3e-3)
         options = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
         trainer = made(tmp_path, model, None, (optimizer, None), max_steps=4, **options)
-        if fused:
-            equip(trainer)
-        return losses(trainer)
+        callback = equip(trainer, budget=budget, fuse_loss=budget is not None, meter=True, report=False, hardware="cpu")
+        return losses(trainer), callback
 
-    assert run(4, fused=True) == pytest.approx(run(1, fused=False), rel=1e-3)
+    expected, free = run(1, None)
+    budget = free.metered.peak_bytes * 35 // 100  # half of the batch, and two thirds of what that would take
+    found, planned = run(2, budget)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert planned.metered.peak_bytes <= budget
 
 
 def test_evaluation_sees_the_logits(tmp_path: Path) -> None:
