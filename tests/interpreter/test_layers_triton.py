@@ -67,8 +67,8 @@ def test_norm(weighted: bool, keep_output: bool, centred: bool, dtype: torch.dty
         y, mean, inverse = plain.norm(x, weight, bias, 1e-5, centred)
         for a, b in zip(ours.norm(x, weight, bias, 1e-5, centred), (y, mean, inverse), strict=True):
             close(a, b)
-        arguments = (of_y, y if keep_output else x, weight, bias, mean, inverse, keep_output, centred)
-        gradients = zip(ours.norm_backward(*arguments), plain.norm_backward(*arguments), strict=True)
+        kept = plain.Kept(y if keep_output else x, weight, bias, mean, inverse, keep_output, centred)
+        gradients = zip(ours.norm_backward(of_y, kept), plain.norm_backward(of_y, kept), strict=True)
         for (a, b), wanted in zip(gradients, (True, weight is not None, bias is not None), strict=True):
             if wanted:
                 close(a, b)

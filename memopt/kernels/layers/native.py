@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memopt import native_build
 from memopt.kernels import hashing
+from memopt.kernels.layers.norms_torch import Kept
 from memopt.kernels.native.cpp import header, read
 from memopt.kernels.native.step_source import CPP_TYPES
 
@@ -66,23 +67,14 @@ def norm(
     return y, mean, inverse
 
 
-def norm_backward(
-    of_y: Tensor,
-    kept: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    inverse: Tensor,
-    keep_output: bool,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(of_y: Tensor, k: Kept) -> tuple[Tensor, Tensor, Tensor]:
     """See ``norms_torch``."""
-    of_x, D = torch.empty_like(kept), kept.shape[-1]
+    of_x, D = torch.empty_like(k.rows), k.rows.shape[-1]
     sums, few = torch.zeros(PARTS, 2, D, dtype=torch.float64), torch.zeros(PARTS, 2, D)
-    about, alive = _norm(kept, weight, bias, mean, inverse, 0.0, centred)
-    tensors = (of_y.to(kept.dtype), kept)
-    function = _call("norm_backward", kept.dtype)
-    function(ctypes.byref(about), *_at(*tensors), int(keep_output), *_at(of_x, sums, few))
+    about, alive = _norm(k.rows, k.weight, k.bias, k.mean, k.inverse, 0.0, k.centred)
+    of_y = of_y.to(k.rows.dtype)
+    function = _call("norm_backward", k.rows.dtype)
+    function(ctypes.byref(about), *_at(of_y, k.rows), int(k.is_output), *_at(of_x, sums, few))
     del alive
     return of_x, sums[:, 0].sum(0).float(), sums[:, 1].sum(0).float()
 

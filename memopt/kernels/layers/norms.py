@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.kernels.layers.norms_torch import Kept
 from memopt.kernels.layers.pieces import check_float, implementation, opmath, refuse_recorded_backward
 
 
@@ -81,9 +82,8 @@ def norm_backward(
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (its shape), weight and bias ((D,), in the dtype of the statistics; only where there are)."""
-    of_x, of_weight, of_bias = implementation(kept, "norms").norm_backward(
-        of_y.contiguous(), kept.contiguous(), weight, bias, mean, inverse, keep_output, centred
-    )
+    all_kept = Kept(kept.contiguous(), weight, bias, mean, inverse, keep_output, centred)
+    of_x, of_weight, of_bias = implementation(kept, "norms").norm_backward(of_y.contiguous(), all_kept)
     return of_x, of_weight, of_bias
 
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from memopt.kernels.layers.pieces import opmath, pieces
+
+
+class Kept(NamedTuple):
+    """What backward has: ``rows`` of y if ``is_output``, else of x, (..., D); mean and 1 / deviation of each row."""
+
+    rows: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    inverse: Tensor
+    is_output: bool
+    centred: bool
 
 
 def norm(
@@ -32,35 +46,27 @@ def norm(
     return y, mean, inverse
 
 
-def norm_backward(
-    of_y: Tensor,
-    kept: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    inverse: Tensor,
-    keep_output: bool,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias; ``kept`` holds the rows of y if ``keep_output``, else those of x."""
-    kind, D = inverse.dtype, kept.shape[-1]
-    of_x = torch.empty_like(kept)
-    flat_of_x, kept, of_y = of_x.view(-1, D), kept.view(-1, D), of_y.view(-1, D)
+def norm_backward(of_y: Tensor, k: Kept) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias."""
+    weight, bias, inverse = k.weight, k.bias, k.inverse
+    kind, D = inverse.dtype, k.rows.shape[-1]
+    of_x = torch.empty_like(k.rows)
+    flat_of_x, kept, of_y = of_x.view(-1, D), k.rows.view(-1, D), of_y.view(-1, D)
     of_weight = torch.zeros(D, dtype=kind, device=kept.device)
     of_bias = torch.zeros_like(of_weight)
     for rows in pieces(*kept.shape):
         wide, g = kept[rows].to(kind), of_y[rows].to(kind)
-        if keep_output:
+        if k.is_output:
             wide = wide if bias is None else wide - bias
             unit = wide if weight is None else wide / weight
         else:
-            unit = (wide - mean[rows, None] if centred else wide) * inverse[rows, None]
+            unit = (wide - k.mean[rows, None] if k.centred else wide) * inverse[rows, None]
         of_weight += (g * unit).sum(0)
         of_bias += g.sum(0)
         if weight is not None:
             g = g * weight
         along = (g * unit).mean(1, keepdim=True)
-        if centred:
+        if k.centred:
             g = g - g.mean(1, keepdim=True)
         flat_of_x[rows] = (g - unit * along) * inverse[rows, None]
     return of_x, of_weight, of_bias

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memopt.kernels.backend import interpreting
 from memopt.kernels.layers import norms_torch
+from memopt.kernels.layers.norms_torch import Kept
 from memopt.kernels.losses.triton_math import round_to
 
 LONGEST, LONGEST_ODD = 8192, 4096  # what registers hold; unless D is a multiple of 16, addresses take many
@@ -107,28 +108,19 @@ def norm(
     return y, mean, inverse
 
 
-def norm_backward(
-    of_y: Tensor,
-    kept: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    inverse: Tensor,
-    keep_output: bool,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(of_y: Tensor, k: Kept) -> tuple[Tensor, Tensor, Tensor]:
     """See ``norms_torch``."""
-    R, D = kept.numel() // kept.shape[-1], kept.shape[-1]
+    R, D = k.rows.numel() // k.rows.shape[-1], k.rows.shape[-1]
     if not _fits(D):
-        return norms_torch.norm_backward(of_y, kept, weight, bias, mean, inverse, keep_output, centred)
-    of_x = torch.empty_like(kept)
+        return norms_torch.norm_backward(of_y, k)
+    of_x = torch.empty_like(k.rows)
     rows = triton.cdiv(R, 2 if interpreting() else PROGRAMS)
     programs = triton.cdiv(R, rows) if R else 0
-    sums = torch.empty(programs, 2, D, device=kept.device)
+    sums = torch.empty(programs, 2, D, device=of_y.device)
     if R:
         backward_kernel[(programs,)](
-            of_y, kept, weight, bias, mean, inverse, of_x, sums, R, D, rows,
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, CENTRED=centred, KEEP_OUTPUT=keep_output,
+            of_y, k.rows, k.weight, k.bias, k.mean, k.inverse, of_x, sums, R, D, rows,
+            HAS_WEIGHT=k.weight is not None, HAS_BIAS=k.bias is not None, CENTRED=k.centred, KEEP_OUTPUT=k.is_output,
             INTERPRET=interpreting(), **shape_of(D),
         )  # fmt: skip
     return of_x, sums[:, 0].sum(0), sums[:, 1].sum(0)
