@@ -122,7 +122,7 @@ def test_a_compiled_model_around_planned_blocks(first: str) -> None:
     plain = torch.autograd.grad(step_loss(case, model, inputs), list(model.parameters()))
     compiled = torch.compile(model, backend="eager") if first == "compile" else None
     with apply(model, make_plan(case, everything(found, Action.RECOMPUTE))) as handle:
-        compiled = compiled or torch.compile(model, backend="eager")
+        compiled = torch.compile(model, backend="eager") if compiled is None else compiled
         for _ in range(2):
             torch.manual_seed(3)
             ours = torch.autograd.grad(step_loss(case, compiled, inputs), list(model.parameters()))
