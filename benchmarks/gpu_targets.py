@@ -155,10 +155,10 @@ def loss_jobs() -> Iterator[Job]:
     from memopt.kernels.losses import logits_triton, pairs_triton, tile_pass, tiles_triton
 
     inputs = dict.fromkeys(("bias_ptr", "weight_ptr", "soft_ptr", "scale_ptr", "class_weight_ptr", "out_ptr"), F32)
-    inputs |= dict.fromkeys(("target_ptr", "index_ptr", "argmax_ptr"), I64)
+    inputs |= dict.fromkeys(("target_ptr", "index_ptr", "order_ptr", "argmax_ptr"), I64)
     inputs |= dict.fromkeys(("x_stride", "soft_stride", "R", "V", "M", "H"), "i32")
     inputs |= {"softcap": "fp32", "filter_below": "fp32", "coefficient_ptr": F32, "scale_gradient_ptr": F32}
-    on = {f"HAS_{flag}": True for flag in ("TARGET", "INDEX", "BIAS", "WEIGHT", "SOFT", "CAP")}
+    on = {f"HAS_{flag}": True for flag in ("TARGET", "INDEX", "ORDER", "BIAS", "WEIGHT", "SOFT", "CAP")}
     on |= {f"WANT_{flag}": True for flag in ("WEIGHTED", "EXPECTED", "SCALE", "SUM")}
     on |= {"BLOCK": logits_triton.BLOCK, "ROWS": 1, "INTERPRET": False}
     also = ("x_stride", "H")

@@ -149,6 +149,16 @@ def test_filter_drops_only_what_is_below_it() -> None:
     assert not w2.any()
 
 
+def test_entries_in_another_order_change_nothing_but_rounding() -> None:
+    """A filter below every probability skips nothing, but entries are met in the order of their mean logits."""
+    case = Case({"label_smoothing": 0.1}, H=24, V=150, bias=True, scale=1.3, class_weight=True)
+    plain, ordered = (
+        case.run(linear_cross_entropy, torch.float32, torch.float32, mode="tiles", gradient_filter=f, chunk_bytes=6144)
+        for f in (0.0, 1e-30)
+    )
+    torch.testing.assert_close(ordered, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_tiles_refuse_what_they_cannot_do() -> None:
     h, w, y = peaked()
     with pytest.raises(ValueError, match="takes float32, bfloat16 and float16"):

@@ -50,7 +50,9 @@ def chunked_loss(
 
     Raises:
         ValueError, TypeError: inputs that do not fit, or a result of ``fn`` that is not a scalar.
-        RuntimeError: a second backward, a second derivative, or a transform of ``torch.func``. torch.compile leaves the call to eager mode.
+        RuntimeError: a second backward, a second derivative, or a transform of ``torch.func``.
+
+    torch.compile leaves the call to eager mode.
 
     Cost: a chunk of logits and what ``fn`` makes of it; time of three products.
     """

@@ -68,13 +68,14 @@ def tile_gradients(problem: Problem, wanted: Wanted, lse: Tensor, upstream: Upst
     V, H = p.weight.shape
     device = p.hidden.device
     coefficients = row_coefficients(p, upstream, lse, lse_coefficient(p, 0, M, None), 0, M)
+    order = _by_mean_logit(p) if p.settings.gradient_filter else None
     made = Gradients()
     if wanted.hidden or wanted.scale:
         blocks = -(-M // GRADIENT_TILE["BO"])
         parts = _parts(blocks, -(-V // GRADIENT_TILE["BT"]))
         of_hidden = torch.zeros(p.hidden.shape, dtype=torch.float32, device=device)
         by_scale = torch.zeros(parts, M, dtype=torch.float32, device=device)
-        _launch(p, coefficients, of_hidden, by_scale, blocks, parts, rows_own=True, want_sum=wanted.scale)
+        _launch(p, coefficients, order, of_hidden, by_scale, blocks, parts, rows_own=True, want_sum=wanted.scale)
         made.hidden = p.shard.sum_(of_hidden).to(p.hidden.dtype) if wanted.hidden else None
         made.scale = p.shard.sum_(by_scale.sum()) if wanted.scale else None
     if wanted.weight or wanted.bias:
@@ -82,13 +83,25 @@ def tile_gradients(problem: Problem, wanted: Wanted, lse: Tensor, upstream: Upst
         by_entry = torch.zeros(V, dtype=torch.float32, device=device)
         for part in even_chunks(V, 4 * H, p.settings.chunk_bytes):
             sums = torch.zeros(part.stop - part.start, H, dtype=torch.float32, device=device)
+            biases = torch.zeros(part.stop - part.start, dtype=torch.float32, device=device)
             blocks = -(-sums.shape[0] // GRADIENT_TILE["BO"])
-            entries = _entries(p, part)
-            _launch(entries, coefficients, sums, by_entry[part], blocks, 1, rows_own=False, want_sum=wanted.bias)
-            of_weight[part] = sums
+            if order is None:
+                chosen: Tensor | slice = part
+                _launch(_entries(p, part), coefficients, None, sums, biases, blocks, 1, False, wanted.bias)
+            else:
+                chosen = order[part]
+                _launch(p, coefficients, chosen, sums, biases, blocks, 1, False, wanted.bias)
+            of_weight[chosen] = sums.to(of_weight.dtype)
+            by_entry[chosen] = biases
         made.weight = of_weight if wanted.weight else None
         made.bias = by_entry if wanted.bias else None
     return made
+
+
+def _by_mean_logit(p: Problem) -> Tensor:
+    """The entries by falling mean logit, so that large logits share tiles; a mean of products is one product."""
+    mean = p.weight @ p.hidden.mean(0)
+    return (mean if p.bias is None else mean + p.bias).argsort(descending=True)
 
 
 def _entries(p: Problem, part: slice) -> Problem:
@@ -103,15 +116,25 @@ def _entries(p: Problem, part: slice) -> Problem:
 
 
 def _launch(
-    p: Problem, coefficients: Tensor, out: Tensor, sums: Tensor, blocks: int, parts: int, rows_own: bool, want_sum: bool
+    p: Problem,
+    coefficients: Tensor,
+    order: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    blocks: int,
+    parts: int,
+    rows_own: bool,
+    want_sum: bool,
 ) -> None:
     from memopt.kernels.losses.tiles_triton import gradient_kernel
 
     if p.rows == 0 or values_unknown(p.hidden):
         return
     gradient_kernel[(blocks, parts)](
-        *_inputs(p), coefficients, p.settings.gradient_filter, out, sums, p.rows, *p.weight.shape,
-        **_flags(p), ROWS_OWN=rows_own, WANT_SUM=want_sum, SPLIT=parts > 1, INTERPRET=interpreting(), **GRADIENT_TILE,
+        *_inputs(p), coefficients, order, p.settings.gradient_filter, out, sums,
+        p.rows, p.weight.shape[0] if order is None else order.shape[0], p.weight.shape[1],
+        **_flags(p), HAS_ORDER=order is not None, ROWS_OWN=rows_own, WANT_SUM=want_sum, SPLIT=parts > 1,
+        INTERPRET=interpreting(), **GRADIENT_TILE,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ other, and adds each tile's gradient to the owner's rows of the output. One owne
 split the same sums in the same order every time.
 
 Source: "Cut Your Losses in Large-Vocabulary Language Models" sections 4.2 and 4.3 (recomputed tiles, tiles of
-negligible gradient skipped). We differ: owners instead of locks, so logits are made twice in backward; the vocabulary
-is not sorted.
+negligible gradient skipped, entries in the order of their mean logits). We differ: owners instead of locks, so logits
+are made twice in backward.
 """
 
 from __future__ import annotations
@@ -112,15 +112,16 @@ def _along_entries(values, ROWS_OWN: tl.constexpr):
 @triton.jit
 def gradient_kernel(
     hidden_ptr, weight_ptr, index_ptr, target_ptr, bias_ptr, class_weight_ptr, scale_ptr, softcap, coefficient_ptr,
-    filter_below, out_ptr, sum_ptr, M, V, H,
-    ROWS_OWN: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_CAP: tl.constexpr, WANT_SUM: tl.constexpr, SPLIT: tl.constexpr,
+    order_ptr, filter_below, out_ptr, sum_ptr, M, V, H,
+    ROWS_OWN: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr, WANT_SUM: tl.constexpr, SPLIT: tl.constexpr,
     BO: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of the owner, parts of the other). ``out`` starts at zero.
 
     Rows own: the gradient of ``hidden``, and ``sum`` (parts, M) that of the scale by row. Entries own: the gradient of
-    the weight, and ``sum`` (parts, V) that of the bias. With SPLIT, parts add to ``out`` (float32) atomically.
+    the weight, and ``sum`` (parts, V) that of the bias. With SPLIT, parts add to ``out`` (float32) atomically. With an
+    order the V entries are those that it names; ``out`` and ``sum`` of entries are in its order.
     """
     scale = tl.load(scale_ptr)
     part, parts = tl.program_id(1), tl.num_programs(1)
@@ -129,18 +130,26 @@ def gradient_kernel(
     O = M if ROWS_OWN else V  # noqa: E741
     others_count = V if ROWS_OWN else M
     owned = owners < O
-    owner_rows = _row_offsets(index_ptr, owners, M, HAS_INDEX and ROWS_OWN)
+    if ROWS_OWN:
+        owner_rows = _row_offsets(index_ptr, owners, M, HAS_INDEX)
+        out_rows = owner_rows
+    else:
+        owner_rows = _row_offsets(order_ptr, owners, V, HAS_ORDER)
+        out_rows = owners.to(tl.int64)
     own_ptr = hidden_ptr if ROWS_OWN else weight_ptr
     other_ptr = weight_ptr if ROWS_OWN else hidden_ptr
     sums = tl.zeros((BO,), tl.float32)
     for first in range(part * BT, others_count, parts * BT):
         others = first + tl.arange(0, BT)
         there = others < others_count
-        other_rows = _row_offsets(index_ptr, others, M, HAS_INDEX and not ROWS_OWN)
+        if ROWS_OWN:
+            other_rows = _row_offsets(order_ptr, others, V, HAS_ORDER)
+        else:
+            other_rows = _row_offsets(index_ptr, others, M, HAS_INDEX)
         raw = _tile(own_ptr, owner_rows, owned, other_ptr, other_rows, there, H, BO, BT, BH, INTERPRET)
         rows = owners if ROWS_OWN else others
         counted = owned if ROWS_OWN else there
-        entries = others if ROWS_OWN else owners
+        entries = other_rows if ROWS_OWN else owner_rows
         inside = there if ROWS_OWN else owned
         if HAS_BIAS:
             raw += _along_entries(tl.load(bias_ptr + entries, mask=inside, other=0.0), ROWS_OWN)
@@ -176,7 +185,7 @@ def gradient_kernel(
                     other=0.0,
                 )
                 made = product(narrow, other, tl.zeros((BO, BH), tl.float32), INTERPRET)
-                place = out_ptr + owner_rows[:, None] * H + features[None, :]
+                place = out_ptr + out_rows[:, None] * H + features[None, :]
                 where = owned[:, None] & known[None, :]
                 if SPLIT:
                     tl.atomic_add(place, made, mask=where)
