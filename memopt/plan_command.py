@@ -46,12 +46,21 @@ class Answer:
 
 
 def answer(asked: Asked, say: Say) -> Answer:
-    """Trace and decide; ``say`` is told what is being done."""
-    if asked.search is not None:
-        return _largest(asked, say)
-    say("tracing one training step")
-    step = _traced(asked, asked.batch, asked.seq)
-    return _fitted(asked, step, say) if asked.fit else _planned(asked, step, say)
+    """Trace and decide; ``say`` is told what is being done.
+
+    Raises:
+        ValueError: bad input, or a solver that could not answer; the message is one for the command line.
+    """
+    from memopt.planner import SolverError
+
+    try:
+        if asked.search is not None:
+            return _largest(asked, say)
+        say("tracing one training step")
+        step = _traced(asked, asked.batch, asked.seq)
+        return _fitted(asked, step, say) if asked.fit else _planned(asked, step, say)
+    except SolverError as error:
+        raise ValueError(str(error)) from error
 
 
 def _traced(asked: Asked, batch: int, seq: int | None) -> Trace:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pulp
 import pytest
 import torch
 from torch import nn
@@ -112,6 +113,18 @@ def test_bad_input_is_one_clear_line(
     (line,) = shown.err.splitlines()
     for word in words:
         assert word in line
+
+
+def test_a_solver_that_fails_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", str(tmp_path / "gone"))
+    monkeypatch.setattr(sys, "argv", ["memopt", "plan", SMALL, "--budget", "880MiB", "--hardware", "rtx-4090"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cbc" in line
 
 
 def test_bad_input_leaves_no_traceback_in_a_process_of_its_own() -> None:

@@ -43,9 +43,9 @@ def steps(
 
 def tightest(traced: Trace, actions: tuple[Action, ...]) -> Plan:
     """A plan for 85 % of the plain peak, or for the smallest budget that fits."""
-    found = plan(traced, int(traced.peak_bytes * 0.85), CPU, actions=actions, time_limit=2)
+    found = plan(traced, int(traced.peak_bytes * 0.85), CPU, actions=actions, time_limit=10)
     if found.status is Status.INFEASIBLE:
-        found = plan(traced, found.smallest_budget_bytes, CPU, actions=actions, time_limit=2)
+        found = plan(traced, found.smallest_budget_bytes, CPU, actions=actions, time_limit=10)
     return found
 
 
