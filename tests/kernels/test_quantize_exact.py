@@ -45,6 +45,7 @@ def test_shapes_and_dtypes(name: str) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = torch.randn(shape).to(dtype)
             q = requantized(x, name)
+            assert torch.equal(q.codes, requantized(x.float(), name).codes)  # as exact as float32 inputs
             assert q.codes.shape == codec.blocks(x.shape).code_shape(x.shape, codec.bits)
             y = dequantize_blockwise(q, dtype=dtype)
             assert y.shape == x.shape
