@@ -27,10 +27,12 @@ from memopt.optim.formats import names
 
 LR = 1e-2
 RUNS = Path(__file__).parent / "results" / "optimizer-quality-runs.json"
+STATES = ["fp32", optimizer_training.NUDGED, *(name for name in names() if name != "fp32")]
 NOTE = (
     "`python -m benchmarks.optimizer_quality --train demo small bf16 long --save`; AdamW; ratios of mean losses over "
     "seeds with the same data and first weights; the GPT of examples/gpt.py (6 layers of width 512 unless said), "
-    "lr 1e-3, warm-up over a tenth, cosine to 0, matrix products in bf16; bf16 parameters round stochastically."
+    "lr 3e-4 unless said, warm-up over a tenth, cosine to 0, matrix products in bf16; bf16 parameters round "
+    "stochastically. `fp32, nudged` is fp32 with one first weight moved by a millionth: what is noise."
 )
 
 
@@ -95,10 +97,9 @@ def rows_of(found: dict[str, dict[str, float]], training: list[dict[str, Any]]) 
         for state, row in found.items()
     ]
     for row in training:
-        case = optimizer_training.CASES[row["case"]]
         rows.append(
             {
-                "run": f"GPT, {case.title}: last {optimizer_training.LAST_STEPS} losses / fp32",
+                "run": f"GPT, {row['title']}: last {optimizer_training.LAST_STEPS} losses / fp32",
                 "state": row["state"],
                 "seeds": row["seeds"],
                 "figure": round(row["final_loss_ratio"], 4),
@@ -113,7 +114,7 @@ def rows_of(found: dict[str, dict[str, float]], training: list[dict[str, Any]]) 
 def main() -> None:
     """Parses the options, runs what they ask for and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--states", nargs="+", choices=names(), default=list(names()))
+    parser.add_argument("--states", nargs="+", choices=STATES, default=STATES)
     parser.add_argument("--train", nargs="+", choices=list(optimizer_training.CASES), default=[])
     parser.add_argument("--runs", type=Path, default=RUNS, help="where training runs are kept")
     parser.add_argument("--threads", type=int, default=2)
@@ -123,7 +124,7 @@ def main() -> None:
     for one in optimizer_training.run(options.train, options.states, options.runs):
         print(f"{one['case']} {one['state']} seed {one['seed']}: {one['final_loss']:.4f}", flush=True)
     kept = optimizer_training.load(options.runs)
-    rows = rows_of(probes(options.states), optimizer_training.summary(kept))
+    rows = rows_of(probes([state for state in options.states if state in names()]), optimizer_training.summary(kept))
     table = Table(title="Optimizer states in few bits against fp32 states", title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:

@@ -22,9 +22,9 @@ HELD_OUT_BATCHES = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One training recipe: the demo's GPT (6 layers of width 512, 19 million parameters, unless said) by AdamW at
-    lr 1e-3, warm-up over a tenth of the steps, then a cosine to 0; matrix products in bf16. ``dtype`` is that of the
-    parameters; bf16 ones round stochastically.
+    """One training recipe: the demo's GPT (6 layers of width 512, 19 million parameters, unless said) by AdamW,
+    warm-up over a tenth of the steps, then a cosine to 0; matrix products in bf16. ``dtype`` is that of the parameters;
+    bf16 ones round stochastically.
     """
 
     title: str
@@ -35,16 +35,20 @@ class Case:
     dtype: str = "fp32"
     layers: int = 6
     width: int = 512
-    lr: float = 1e-3
+    lr: float = 3e-4
 
 
 CASES = {
     "demo": Case("300 steps of 4 x 64 bytes, fp32 parameters", steps=300, seeds=3, batch=4),
-    "small": Case("the same with 3 layers of width 192", steps=300, seeds=3, batch=4, layers=3, width=192),
-    "bf16": Case("the small model, bf16 parameters", steps=300, seeds=3, batch=4, layers=3, width=192, dtype="bf16"),
-    "long": Case("3000 steps, 2 layers of width 128", steps=3000, seeds=1, batch=4, layers=2, width=128),
+    "small": Case("300 steps of 4 x 64 bytes, 3 layers of width 192", steps=300, seeds=3, batch=4, layers=3, width=192),
+    "bf16": Case("the same, bf16 parameters", steps=300, seeds=3, batch=4, layers=3, width=192, dtype="bf16"),
+    "long": Case(
+        "3000 steps, 2 layers of width 128, lr 1e-3", steps=3000, seeds=1, batch=4, layers=2, width=128, lr=1e-3
+    ),
     "tiny": Case("10 steps of a tiny model, to try this out", steps=10, seeds=1, batch=2, layers=1, width=64),
 }
+NUDGED = "fp32, nudged"
+"""fp32 states with one first weight moved by a millionth: what two runs differ by when nothing matters."""
 
 
 def train(case: Case, state: str, seed: int) -> dict[str, float]:
@@ -54,8 +58,14 @@ def train(case: Case, state: str, seed: int) -> dict[str, float]:
     bf16 = case.dtype == "bf16"
     if bf16:
         model.to(torch.bfloat16)
+    if state == NUDGED:
+        model.token.weight.data[0, 0] *= 1 + 1e-6
     optimizer = AdamW(
-        model.parameters(), lr=case.lr, state=state, seed=seed, param_rounding="stochastic" if bf16 else "nearest"
+        model.parameters(),
+        lr=case.lr,
+        state=state.removesuffix(", nudged"),
+        seed=seed,
+        param_rounding="stochastic" if bf16 else "nearest",
     )
     warm = max(1, case.steps // 10)
 
@@ -120,7 +130,8 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         seeds = sorted(mine.keys() & base.keys())
         if not seeds:
             continue
-        row: dict[str, Any] = {"case": name, "state": state, "seeds": len(seeds)}
+        title = mine[seeds[0]]["recipe"]["title"]
+        row: dict[str, Any] = {"case": name, "title": title, "state": state, "seeds": len(seeds)}
         for kind in ("final_loss", "held_out_loss"):
             mean = statistics.mean(mine[seed][kind] for seed in seeds)
             wide = statistics.mean(base[seed][kind] for seed in seeds)
