@@ -64,6 +64,7 @@ def commands(page: Path) -> list[str]:
 
 def run_blocks(page: Path, names: dict[str, Any]) -> None:
     """The page's ``python`` blocks, one after the other; line numbers of a traceback are the page's."""
+    warnings.simplefilter("error")  # not for commands: a reader's shell does not do so either
     namespace = {"__name__": "__main__", **names}
     for block in blocks(page):
         if block.language == "python":
@@ -90,7 +91,6 @@ def run_command(command: str) -> None:
 def _serve(pipe: Connection, folder: str, work: Callable[..., None], *args: Any) -> None:
     os.chdir(folder)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # as in conftest.py
-    warnings.simplefilter("error")
     output, failure = io.StringIO(), ""
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
