@@ -73,6 +73,7 @@ def main(
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = Trainer(with_adapters(network) if lora else network, arguments, train_dataset=rows)
         equip(trainer, optimizer="adamw8bit", budget=budget, meter=True)

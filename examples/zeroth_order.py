@@ -28,10 +28,9 @@ from memopt.optim import AdamW8bit, ZerothOrder
 BYTES = 64  # of a line that are read
 CODE, COMMENT, DOCSTRING = range(3)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "MeZO": {"rule": "sgd", "lr": 3e-3},
-    "sign": {"rule": "sign", "lr": 3e-4, "samples": 2},
-    "Adam, 8 bits": {"rule": "adamw8bit", "lr": 1e-3, "samples": 2},
+    "MeZO": {"rule": "sgd", "lr": 5e-3},
     "MeZO by blocks": {"rule": "sgd", "lr": 6e-3, "blocks": "auto"},
+    "Adam, 8 bits": {"rule": "adamw8bit", "lr": 1e-3, "samples": 2},
 }
 
 
@@ -114,9 +113,9 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def main(
     steps: Annotated[int, typer.Option(min=3, help="Steps of each variant.")] = 300,
     learned: Annotated[int, typer.Option(min=3, help="Steps with gradients before the task changes.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Lines in a batch.")] = 128,
-    width: Annotated[int, typer.Option(min=4, help="Width of the network.")] = 32,
-    limit: Annotated[int, typer.Option(min=16, help="Lines of each kind.")] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Lines in a batch.")] = 64,
+    width: Annotated[int, typer.Option(min=4, help="Width of the network.")] = 16,
+    limit: Annotated[int, typer.Option(min=16, help="Lines of each kind.")] = 1000,
 ) -> None:
     """Compare the zeroth-order variants with backpropagation."""
     x, kinds = lines(limit)
