@@ -115,13 +115,13 @@ def _nearest_root(a: Any, last: int) -> Any:
 
 
 def _random_root(x: Any, inverse: Any, noise: Any) -> Any:
-    """A number that rounds to the k chosen at random, for ``x * inverse`` = a between k**2 and (k+1)**2.
+    """A number whose magnitude rounds to the k chosen at random, for ``x * inverse`` = a between k**2 and (k+1)**2.
 
     Up with probability (a - k**2) / (2k + 1), that is, if a > k**2 + u (2k + 1) = (k + u)**2 + u (1 - u) with a uniform
     u; so k or k + 1 is the floor of sqrt(a - u (1 - u)) + 1 - u, and with v = 1/2 - u, u (1 - u) = 1/4 - v**2.
     """
     v = noise * NOISE
-    return km.abs(km.sqrt(km.maximum(km.fma(x, inverse, km.fma(v, v, -0.25)), 0.0)) + v)
+    return km.sqrt(km.maximum(km.fma(x, inverse, km.fma(v, v, -0.25)), 0.0)) + v
 
 
 register_codec(SignedSquare())

@@ -6,13 +6,12 @@ INLINE int64_t blocks_in_row(int64_t cols, int64_t flat, int64_t block) {
 INLINE int64_t bytes_in_row(int64_t cols, int64_t blocks, int64_t block) {  // 4-bit codes
     return (blocks - 1) * ((block + 1) / 2) + (cols - (blocks - 1) * block + 1) / 2;
 }
-// 4-bit codes of one block: its first half lies in the low nibbles. Steps of W bytes, as the codes were stored, so that
-// loads find their data still on the way to the cache.
-typedef uint8_t vb __attribute__((vector_size(W)));
-typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
+// 4-bit codes of one block: its first half lies in the low nibbles.
+typedef uint8_t vb __attribute__((vector_size(64)));
+typedef uint8_t vb_any __attribute__((vector_size(64), aligned(1), may_alias));
 INLINE void unpack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
     int half = (n + 1) / 2, i = 0;
-    for (; i + W <= n - half; i += W) {
+    for (; i + 64 <= n - half; i += 64) {
         vb x = *(const vb_any*)(in + i);
         *(vb_any*)(out + i) = x & 15;
         *(vb_any*)(out + half + i) = x >> 4;
@@ -24,7 +23,7 @@ INLINE void unpack(uint8_t* __restrict out, const uint8_t* __restrict in, int n)
 }
 INLINE void pack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
     int half = (n + 1) / 2, i = 0;
-    for (; i + W <= n - half; i += W)
+    for (; i + 64 <= n - half; i += 64)
         *(vb_any*)(out + i) = *(const vb_any*)(in + i) | (*(const vb_any*)(in + half + i) << 4);
     for (; i < half; i++) out[i] = (uint8_t)(in[i] | (half + i < n ? in[half + i] << 4 : 0));
 }

@@ -41,18 +41,24 @@ class Printer:
     """Turns expressions into statements; each node once.
 
     Args:
-        fast: estimates with a Newton step instead of exact square roots (codecs choose neighbours with them, and
+        fast: functions for which estimates do, with a Newton step or so (codecs choose neighbours with them, and
             compare exactly afterwards).
         fuse: one rounding for a product that is only used in a sum (rules; codecs say ``fma`` where they mean it).
     """
 
-    def __init__(self, *, fast: bool = False, fuse: bool = False) -> None:
+    def __init__(self, *, fast: Sequence[str] = (), fuse: bool = False) -> None:
         self.fast, self.fuse = fast, fuse
         self.lines: list[str] = []
         self.uniforms: list[Expr] = []
         self.tables: list[tuple[float, ...]] = []
         self._names: dict[Expr, str] = {}
         self._uses: Counter[Expr] = Counter()
+
+    def sequel(self, known: Mapping[Expr, str]) -> Printer:
+        """A printer for a later loop, in which some values have names already; uniforms and tables are shared."""
+        other = Printer(fast=self.fast, fuse=self.fuse)
+        other.uniforms, other.tables, other._names = self.uniforms, self.tables, dict(known)
+        return other
 
     def print(self, *roots: Expr) -> list[str]:
         """Statements for these expressions are added to ``lines``; returns the names of their values."""
@@ -104,11 +110,18 @@ class Printer:
             table = tuple(float(v) for v in node.name.split(","))
             self.tables.append(table)
             return f"take<{len(table)}>(T{len(self.tables) - 1}, to_int({self._name(node.args[0])}))"
-        names = [self._name(arg) for arg in node.args]
+        args = node.args
+        if node.op == "sqrt" and "sqrt" in self.fast and args[0].op == "maximum" and _is_zero(args[0].args[1]):
+            args = args[0].args[:1]  # the estimate keeps above 0 itself
+        names = [self._name(arg) for arg in args]
         if node.op in _INFIX:
             return f"{names[0]} {_INFIX[node.op]} {names[1]}"
-        call = _CALLS[node.op] + ("_fast" if self.fast and node.op in ("sqrt", "root4") else "")
+        call = _CALLS[node.op] + ("_fast" if node.op in self.fast else "")
         return f"{call}({', '.join(names)})"
+
+
+def _is_zero(node: Expr) -> bool:
+    return node.op == "const" and node.value == 0.0
 
 
 def literal(value: float) -> str:
@@ -146,13 +159,14 @@ _HOST: dict[str, Callable[..., float]] = {
 }
 
 
-def codec_functions(codec: Codec, rounding: str, tag: str) -> tuple[str, list[str]]:
+def codec_functions(codec: Codec, rounding: str, tag: str, *, exact_root: bool = False) -> tuple[str, list[str]]:
     """C++ functions ``encode_TAG(x, inverse, noise)`` and ``decode_TAG(code, c)``, and how to compute the array c.
 
     ``c`` holds what decoding needs of a block's ``float scale``: C++ expressions, evaluated once per block.
+    ``exact_root`` takes square roots by the divider, which is idle, and leaves the ports for products to others.
     """
     noise = element("noise") if rounding == "stochastic" else None
-    encode, decode = Printer(fast=True), Printer()
+    encode, decode = Printer(fast=("root4",) if exact_root else ("sqrt", "root4")), Printer()
     (code,) = encode.print(codec.encode(element("x"), element("inverse"), noise))
     (value,) = decode.print(codec.decode(element("code"), scalar("scale")))
     names = [f"const vf U{i} = c[{i}];" for i in range(len(decode.uniforms))]

@@ -16,6 +16,20 @@ struct Task {           // one parameter; all fields are 8 bytes wide
 INLINE int64_t blocks_in_row(const Task& t, int64_t block) { return blocks_in_row(t.cols, t.flat, block); }
 INLINE vf first_lanes(vf x, int n) { return as_f(as_u(x) & (vu)(lanes() < splat_u((uint32_t)n))); }
 
+// The values of a block's 4-bit codes: a table of 16 where a permute finds them, else computed one by one.
+template <class D> struct Nibbles {
+#if MEMOPT_AVX512
+    vf values;
+    explicit Nibbles(D decode) : values(decode(to_float((vi)lanes()))) {}
+    inline __attribute__((always_inline)) vf operator()(vi code) const { return _mm512_permutexvar_ps((__m512i)code, values); }
+#else
+    D decode;
+    explicit Nibbles(D decode) : decode(decode) {}
+    inline __attribute__((always_inline)) vf operator()(vi code) const { return decode(to_float(code)); }
+#endif
+};
+template <class D> INLINE Nibbles<D> nibbles(D decode) { return Nibbles<D>(decode); }
+
 static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float* uniforms, double* sums);
 
 // sums: one row of N_SUMS doubles for every task; step_key: from seed and step

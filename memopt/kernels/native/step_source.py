@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -48,12 +49,13 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr]]:
     p, g = element("p"), element("g")
     answer = update.apply(p, g, inputs, SimpleNamespace(**{name: scalar(name) for name in update.scalars}))
     new_p, states, sums = answer
-    printer = Printer(fuse=True)
+    first = Printer(fuse=True)
     written = [j for j in range(count) if states[j] is not inputs[j]]
-    names = printer.print(*[states[j] for j in written], *([new_p] if new_p is not p else []), *sums)
-    news = dict(zip(written, names, strict=False))
-    param_name = names[len(written)] if new_p is not p else ""
-    sum_names = names[len(names) - len(sums) :] if sums else []
+    stored = {states[j]: f"n{j}" for j in written if j in kind.quantised}
+    late = new_p is not p and not sums and bool(stored) and _leaves(new_p, stored) <= {"p", "g"}
+    names = first.print(*[states[j] for j in written], *([new_p] if new_p is not p and not late else []), *sums)
+    second = first.sequel(stored)
+    param_name = second.print(new_p)[0] if late else "" if new_p is p else names[len(written)]
 
     blocks = [s.block for s in kind.stored if isinstance(s, Codec)]
     tile = math.lcm(*blocks) if blocks else TILE
@@ -64,23 +66,24 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr]]:
     for j in kind.quantised:
         codec = kind.stored[j]
         assert isinstance(codec, Codec)
-        text, scale_parts[j] = codec_functions(codec, kind.roundings[j], str(j))
+        text, scale_parts[j] = codec_functions(codec, kind.roundings[j], str(j), exact_root=j == kind.quantised[0])
         parts.append(text)
     parts += [f"alignas(64) static const float T{i}[] = {{{', '.join(map(literal, t))}}};\n"
-              for i, t in enumerate(printer.tables)]  # fmt: skip
+              for i, t in enumerate(first.tables)]  # fmt: skip
     body = _Body(
         kind,
         tile,
         min(blocks, default=tile),
-        printer.lines,
-        news,
+        first.lines,
+        dict(zip(written, names, strict=False)),
         param_name,
-        sum_names,
-        len(printer.uniforms),
+        second.lines if late else None,
+        names[len(names) - len(sums) :] if sums else [],
+        len(first.uniforms),
         scale_parts,
     )
     parts.append(body.function())
-    return "".join(parts), printer.uniforms
+    return "".join(parts), first.uniforms
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,10 @@ class _Body:
     kind: StepKind
     tile: int
     segment: int
-    lines: list[str]
+    lines: list[str]  # of the first pass
     news: dict[int, str]
     param: str
+    late: list[str] | None  # what computes the parameter in the second pass
     sums: list[str]
     uniforms: int
     scale_parts: dict[int, list[str]]
@@ -109,33 +113,43 @@ class _Body:
         for j, stored in enumerate(self.kind.stored):
             lines += self._open_codec(j, stored) if isinstance(stored, Codec) else self._open_plain(j, stored)
         lines += [f"vf sum{k} = {{}};" for k in range(len(self.sums))]
-        lines += [
-            f"for (int from = 0; from < n; from += {self.segment}) {{",
-            f"int to = from + {self.segment} < n ? from + {self.segment} : n, j = from;",
-            *self._segment_scales(),
-            "for (; j + W <= to; j += W) {",
-            *self._element(tail=False),
-            "}",
-            "if (j < to) {",
-            "int m = to - j;",
-            *self._element(tail=True),
-            "}",
-            *self._segment_maxima(),
-            "}",
-        ]
-        for j in self.kind.quantised:
-            lines += self._close_codec(j)
+        lines += self._each_segment(self._segment_scales(), self._element, self._segment_maxima())
+        for j in self.coded:
+            lines += self._close_blocks(j)
+        if self.coded:
+            lines += self._each_segment(self._segment_inverses(), self._second_element, [])
+        for j in self.coded:
+            lines += self._pack(j)
         for k in range(len(self.sums)):
             lines.append(f"for (int i = 0; i < W; i++) sums[{k}] += sum{k}[i];")
         return "\n    ".join(lines) + "\n}\n"
 
+    @property
+    def coded(self) -> list[int]:
+        """Numbers of the states that are encoded."""
+        return [j for j in self.kind.quantised if j in self.news]
+
+    def _each_segment(self, before: list[str], element: Callable[[bool], list[str]], after: list[str]) -> list[str]:
+        """A loop over the segments of the tile, in steps of a vector and with what is left of one."""
+        return [
+            f"for (int from = 0; from < n; from += {self.segment}) {{",
+            f"int to = from + {self.segment} < n ? from + {self.segment} : n, j = from;",
+            *before,
+            "for (; j + W <= to; j += W) {",
+            *element(False),
+            "}",
+            "if (j < to) {",
+            "int m = to - j;",
+            *element(True),
+            "}",
+            *after,
+            "}",
+        ]
+
     def _draws(self) -> list[str]:
         lines = []
         for draw in sorted({slot // 2 for slot in self.kind.noisy}):
-            lines += [
-                f"Keys keys{draw} = row_keys(t.key, t.start + row * t.cols, {draw});",
-                f"alignas(64) uint32_t words{draw}[{2 * self.tile + 64}];",
-            ]
+            lines.append(f"Keys keys{draw} = row_keys(t.key, t.start + row * t.cols, {draw});")
         if lines:
             lines.insert(0, "uint32_t index = (uint32_t)(t.start + row * t.cols + col);")
         return lines
@@ -147,6 +161,7 @@ class _Body:
             f"float* scales{j} = t.state[{j}].scales + row * in_row{j};",
             f"alignas(64) float new{j}[{2 * self.tile + 64}];",
             f"vu maxima{j}[{2 * self.tile // block + 2}] = {{}};",
+            f"float inverses{j}[{2 * self.tile // block + 2}];",
         ]
         if codec.bits == 8:
             lines.append(f"uint8_t* codes{j} = t.state[{j}].data + row * t.cols + col;")
@@ -182,31 +197,56 @@ class _Body:
             assert isinstance(codec, Codec)
             parts = [part.replace("scale", f"scale{j}") for part in self.scale_parts[j]]
             lines += [
-                f"int64_t k{j} = from / {codec.block};",
-                f"if (block{j} + k{j} >= in_row{j}) k{j} = in_row{j} - 1 - block{j};",
+                *self._block_of_segment(j, codec),
                 f"float scale{j} = scales{j}[block{j} + k{j}];",
                 f"const vf c{j}[] = {{{', '.join(f'splat({part})' for part in parts)}}};",
                 f"vu maximum{j} = maxima{j}[k{j}];",
             ]
+            if codec.bits == 4:
+                lines.append(f"const auto value{j} = nibbles([&](vf code) {{ return decode_{j}(code, c{j}); }});")
+        return lines
+
+    @staticmethod
+    def _block_of_segment(j: int, codec: Codec) -> list[str]:
+        return [
+            f"int64_t k{j} = from / {codec.block};",
+            f"if (block{j} + k{j} >= in_row{j}) k{j} = in_row{j} - 1 - block{j};",
+        ]
+
+    def _segment_inverses(self) -> list[str]:
+        lines = []
+        for j in self.coded:
+            codec = self.kind.stored[j]
+            assert isinstance(codec, Codec)
+            lines += [*self._block_of_segment(j, codec), f"vf inverse{j} = splat(inverses{j}[k{j}]);"]
         return lines
 
     def _segment_maxima(self) -> list[str]:
         return [f"maxima{j}[k{j}] = maximum{j};" for j in self.kind.quantised]
 
-    def _element(self, *, tail: bool) -> list[str]:
-        kind, count = self.kind, len(self.kind.stored)
+    def _words(self, slots: Iterable[int]) -> list[str]:
+        """The random words of some slots that need them."""
+        draws = sorted({slot // 2 for slot in slots if slot in self.kind.noisy})
+        return [f"vu w{draw} = random_words(keys{draw}, index + j);" for draw in draws]
+
+    def _element(self, tail: bool) -> list[str]:
+        """The first pass: decode, update, keep the new states for the second, store what has no codec."""
+        kind, count, early = self.kind, len(self.kind.stored), self.late is None
         some, extra = ("_some", ", m") if tail else ("", "")
         load = "load_some" if tail else "load"
-        lines = [] if tail else [f"prefetch(param + j + {PREFETCH});", f"prefetch(grad + j + {PREFETCH});"]
+        lines = [] if tail else [f"prefetch(grad + j + {PREFETCH});"]
+        if not tail and early:
+            lines.append(f"prefetch(param + j + {PREFETCH});")
         lines += [f"vf p = {load}(param + j{extra});", f"vf g = {load}(grad + j{extra});"]
         for j, stored in enumerate(kind.stored):
-            if isinstance(stored, Codec):
-                lines.append(f"vf s{j} = decode_{j}(load_codes{some}(codes{j} + j{extra}), c{j});")
-            else:
+            if not isinstance(stored, Codec):
                 lines.append(f"vf s{j} = {load}(plain{j} + j{extra});")
-        lines += self.lines
-        for draw in sorted({slot // 2 for slot in kind.noisy}):
-            lines += [f"vu w{draw} = random_words(keys{draw}, index + j);", f"store_u(words{draw} + j, w{draw});"]
+            elif stored.bits == 4:
+                lines.append(f"vf s{j} = value{j}(load_bytes(codes{j} + j));")
+            else:
+                lines.append(f"vf s{j} = decode_{j}(load_codes{some}(codes{j} + j{extra}), c{j});")
+        plain = [j for j in self.news if j not in kind.quantised]
+        lines += [*self.lines, *self._words([*plain, *([count] if early and self.param else [])])]
         for j, name in self.news.items():
             if j in kind.quantised:
                 value = f"first_lanes({name}, m)" if tail else name
@@ -214,10 +254,28 @@ class _Body:
                           f"maximum{j} = umax(maximum{j}, magnitude(n{j}));"]  # fmt: skip
             else:
                 lines.append(self._store(f"plain{j} + j", name, j if j in kind.noisy else None, some, extra))
-        if self.param:
+        if self.param and early:
             lines.append(self._store("param + j", self.param, count if count in kind.noisy else None, some, extra))
         for k, name in enumerate(self.sums):
             lines.append(f"sum{k} = sum{k} + {f'first_lanes({name}, m)' if tail else name};")
+        return lines
+
+    def _second_element(self, tail: bool) -> list[str]:
+        """The second pass: encode the new states, and update the parameter where nothing else is needed for it."""
+        kind, count = self.kind, len(self.kind.stored)
+        some, extra = ("_some", ", m") if tail else ("", "")
+        lines = [] if tail or self.late is None else [f"prefetch(param + j + {PREFETCH});"]
+        lines += self._words([*self.coded, *([] if self.late is None else [count])])
+        for j in self.coded:
+            noise = f"noise_of(w{j // 2}, {j})" if j in kind.noisy else "splat(0)"
+            lines += [f"vf n{j} = load(new{j} + j);", f"vf e{j} = encode_{j}(n{j}, inverse{j}, {noise});"]
+            if tail:
+                lines.append(f"{{ uint8_t some[W]; store_codes(some, e{j}); memcpy(codes{j} + j, some, m); }}")
+            else:
+                lines.append(f"store_codes(codes{j} + j, e{j});")
+        if self.late is not None:
+            lines += [f"vf p = load{some}(param + j{extra});", f"vf g = load{some}(grad + j{extra});", *self.late]
+            lines.append(self._store("param + j", self.param, count if count in kind.noisy else None, some, extra))
         return lines
 
     @staticmethod
@@ -226,24 +284,36 @@ class _Body:
             return f"store{some}({place}, {name}{extra});"
         return f"store_noisy{some}({place}, {name}, half_of(w{slot // 2}, {slot}){extra});"
 
-    def _close_codec(self, j: int) -> list[str]:
-        if j not in self.news:
-            return []
+    def _close_blocks(self, j: int) -> list[str]:
+        """Scales of the new values, between the passes."""
         codec = self.kind.stored[j]
         assert isinstance(codec, Codec)
-        noisy = self.kind.roundings[j] == "stochastic"
-        noise = f"noise_of(load_u(words{j // 2} + i), {j})" if noisy else "splat(0)"
-        code = f"encode_{j}(load(new{j} + i), inverse, {noise})"
         lines = [
             f"Scale s = scale_of(maxima{j}[k], {literal(codec.top(self.kind.roundings[j]))});",
             f"scales{j}[block{j} + k] = s.scale;",
+            f"inverses{j}[k] = s.inverse;",
             f"prepare(new{j} + at, length, s);",
-            "vf inverse = splat(s.inverse);",
-            "int i = at, stop = at + length;",
-            f"for (; i + W <= stop; i += W) store_codes(codes{j} + i, {code});",
-            f"if (i < stop) {{ uint8_t some[W]; store_codes(some, {code}); memcpy(codes{j} + i, some, stop - i); }}",
         ]
-        if codec.bits == 4:
-            half = (codec.block + 1) // 2
-            lines.append(f"pack(packed{j} + k * {half}, codes{j} + at, length);")
         return self._each_block(j, codec, lines)
+
+    def _pack(self, j: int) -> list[str]:
+        codec = self.kind.stored[j]
+        assert isinstance(codec, Codec)
+        if codec.bits != 4:
+            return []
+        place = f"packed{j} + k * {(codec.block + 1) // 2}"
+        return self._each_block(j, codec, [f"pack({place}, codes{j} + at, length);"])
+
+
+def _leaves(node: Expr, known: Container[Expr]) -> set[str]:
+    """The elements that a node is made of, apart from what is known already."""
+    found, seen, waiting = set[str](), set[Expr](), [node]
+    while waiting:
+        one = waiting.pop()
+        if one in seen or one in known or one.uniform:
+            continue
+        seen.add(one)
+        waiting += one.args
+        if one.op == "input":
+            found.add(one.name)
+    return found

@@ -64,20 +64,24 @@ INLINE vf mul_add(vf a, vf b, vf c) {
 INLINE vf vrsqrt(vf x) { return splat(1) / vsqrt(x); }
 INLINE vf vneg(vf x) { return as_f(as_u(x) ^ splat_u(0x80000000u)); }
 INLINE vf vcopysign(vf x, vf like) {
+#if MEMOPT_AVX512
+    return (vf)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)like, _mm512_set1_epi32(0x7fffffff), 0xe4);
+#endif
     return as_f((as_u(x) & splat_u(0x7fffffffu)) | (as_u(like) & splat_u(0x80000000u)));
 }
 INLINE vf vsign(vf x) { return select(gt(x, splat(0)), splat(1), select(lt(x, splat(0)), splat(-1), splat(0))); }
 INLINE vf vexponent(vf x) { return to_float((vi)(as_u(x) >> 23)) - splat(127); }
 INLINE vf vpower_of_two(vf x) { return as_f((vu)(to_int(x) + 127) << 23); }
 INLINE vf vroot4(vf x) { return vsqrt(vsqrt(x)); }
-// What codecs need. The square root to about 1 ulp for finite x >= 0: an estimate and one Newton step.
+// What codecs need. The square root to about 1 ulp for finite x >= 0, 0 or next to it below: an estimate and one Newton
+// step.
 INLINE vf vsqrt_fast(vf x) {
 #if MEMOPT_AVX512 || MEMOPT_AVX2
     x = vmax(x, splat(1e-30f));
     vf r = rsqrt_estimate(x), s = x * r;
     return fma(splat(0.5f) * r, fma(-s, s, x), s);
 #else
-    return vsqrt(x);
+    return vsqrt(vmax(x, splat(0)));
 #endif
 }
 // The fourth root to 2**-13 for x >= 1.
