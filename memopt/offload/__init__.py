@@ -20,13 +20,20 @@ Swap, tiers ``disk`` and (without CUDA) ``host``
     than without a plan, and no staging buffer on the device. Copied in synchronously, into a new allocation of the
     storage's bytes, at its first unpack, or earlier when a replay reads it. Held until its last tensor has been
     unpacked and is done. There is no prefetch: one new buffer at a time.
+Swap, a share of a storage
+    The first bytes go, a whole number of 512; the rest is copied to a buffer of its own when the first bytes go, and
+    held there until the first unpack, when a whole storage is allocated and filled from both.
+Swap, inputs of the block
+    Autograd's hold on them, and that of the replays, ends when the block's forward has returned: copied out then, back
+    at the first unpack or the block's first replay, and held until neither needs them. Other holders are not asked.
 Swap, tier ``host`` on CUDA
     The copy out runs on its own stream; the storage is held until it has finished, at most ``in_flight_bytes`` of them,
     beyond which compute waits. At an unpack the storages swapped before it are fetched ahead, ``prefetch_bytes`` at
     most: that is the most that is held earlier than needed.
 Recompute
     Dropped at pack; dies when forward drops it. While any recomputed storage of a call is pending, the call holds all
-    of its tensor inputs (every tensor argument of the block, whether the replay reads it or not), copies of the small
+    of its tensor inputs that are not swapped (every tensor argument of the block, whether the replay reads it or not;
+    of what hangs deeper in arguments, such as caches, only the tensors that the call read), copies of the small
     buffers that the block overwrites (batch norm's statistics), and copies of inputs that it overwrites in place and
     the replay needs.
     At the first unpack of any of them the block's Python code runs again on tensors without data. This allocates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -45,15 +44,13 @@ class PlannedForward:
         self.was_attribute = "forward" in block.__dict__
         self.calls = 0
         self._parameters: list[nn.Parameter] = []
-        self._eager: Callable[..., Any] | None = None
+        # Around the block torch.compile may do as it likes; in here everything must run as it is written.
+        self._eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         self._variants: list[dict[Any, tuple[Compiled, Policy]]] = [{} for _ in plans]
         self._templates: list[Template | None] = [None for _ in plans]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._eager is None and "torch._dynamo" in sys.modules:
-            # Around the block torch.compile may do as it likes; in here everything must run as it is written.
-            self._eager = torch._dynamo.disable(self._run)  # type: ignore[no-untyped-call]
-        return (self._eager or self._run)(*args, **kwargs)
+        return self._eager(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if replaying():
