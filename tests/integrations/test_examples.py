@@ -1,4 +1,4 @@
-"""Every example runs, tiny, as its docstring says; those of one library are run by that library's test."""
+"""Every example runs, tiny, as its docstring says; those of a library are run by its test, and those that a page shows by test_docs.py."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ def test_the_plain_loop_goes_on_where_it_was_interrupted(tmp_path: Path) -> None
     for steps in (4, 6):
         pages.in_fresh_process(tmp_path, pages.run_command, f"{command} {steps}")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-000000004", "step-000000006"]
-
-
-def test_a_big_model_is_planned(tmp_path: Path) -> None:
-    command = "python -m examples.big_model_plan --model gpt2 --hardware t4 --seq 128"
-    pages.in_fresh_process(tmp_path, pages.run_command, command)
 
 
 def test_fsdp2_under_torchrun(tmp_path: Path) -> None:
