@@ -77,8 +77,8 @@ def linear_cross_entropy(
             weight's dtype, without logits made again but with a rounding per chunk, as "once" does in float32.
             "float32" adds in 4 more bytes per weight element.
         gradient_filter: in mode "tiles", a tile where no probability, nor what is missing to one at a target, is above
-            this is taken for zero. 0 skips nothing; 2**-12 is below what bfloat16 resolves. Entries that are rare in
-            the targets lose part of their gradient: meant for fine-tuning.
+            this is taken for zero. 0 skips nothing, else entries are met by falling mean logit; 2**-12 is below what
+            bfloat16 resolves. Entries that are rare in the targets lose part of their gradient: meant for fine-tuning.
         process_group: ranks that hold consecutive rows of the weight (and of bias and class_weight) in rank order, with
             the same ``hidden`` and ``target`` everywhere; the gradient of ``hidden`` is summed over them.
 
