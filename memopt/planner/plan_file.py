@@ -7,13 +7,14 @@ import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from memopt.planner.strict_json import from_json, read_json, to_json
 from memopt.planner.values import BlockPlan, Status, Trace
 from memopt.version import __version__
 
 FORMAT_VERSION = 2
-READABLE = (1, 2)  # version 1 knows no actions for the inputs of blocks: they are kept
+READABLE = (1, 2)  # version 1 has no digest, and no actions for the inputs of blocks: they are kept
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ class Plan:
         return self.compute_seconds + self.recompute_seconds + self.stall_seconds + self.compression_seconds
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; the file appears whole or not at all."""
+        """Write the plan as JSON with a digest of what it says; the file appears whole or not at all."""
         target = Path(path)
+        content = to_json(self)
+        content["digest"] = _digest(content)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(json.dumps(to_json(self), separators=(",", ":"), allow_nan=False), encoding="utf-8")
+            partial.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False), encoding="utf-8")
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -99,8 +102,8 @@ class Plan:
             trace: where given, the plan must have been made for it.
 
         Raises:
-            ValueError: not JSON; written in another format version; a field is unknown, missing or mistyped; made for
-                another model than ``trace``. The message says what differs.
+            ValueError: not JSON; written in another format version; a field is unknown, missing or mistyped; changed
+                since ``save`` wrote it; made for another model than ``trace``. The message says what differs.
         """
         data = read_json(path, "plan file")
         if not isinstance(data, dict) or "format_version" not in data:
@@ -112,7 +115,12 @@ class Plan:
                 f"{data.get('memopt_version', '?')}; memopt {__version__} reads versions "
                 f"{' and '.join(map(str, READABLE))}: plan again"
             )
+        if version > 1 and "digest" not in data:
+            raise ValueError(f"plan file {path} lacks the field 'digest'")
+        digest = data.pop("digest", None) if version > 1 else None
         plan = from_json(cls, {**data, "format_version": FORMAT_VERSION}, "plan")
+        if version > 1 and digest != _digest(to_json(plan)):
+            raise ValueError(f"plan file {path} is not what memopt wrote, its digest differs: plan again")
         if trace is not None:
             plan.check_model(trace)
         return plan
@@ -137,6 +145,11 @@ class Plan:
                     f"is {found}: its operations or shapes differ; plan again"
                 )
         raise ValueError("the plan was made for another step of this model (optimizer, loss or shapes): plan again")
+
+
+def _digest(content: Any) -> str:
+    """Hash of what a plan file says, whatever the order of its fields."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def model_signature(trace: Trace) -> str:

@@ -60,6 +60,8 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
             lambda d: d["blocks"][1]["actions"][0].pop("action"),
             r"plan\.blocks\[1\]\.actions\[0\] lacks the field 'action'",
         ),
+        (lambda d: d.update(peak_bytes=d["peak_bytes"] + 1), "not what memopt wrote, its digest differs: plan again"),
+        (lambda d: d.pop("digest"), "lacks the field 'digest'"),
         (lambda d: d["by_category"].update(weights=1.5), r"plan\.by_category\.weights is 1\.5"),
     ],
 )
