@@ -1,4 +1,4 @@
-"""Every example runs, tiny, as its docstring says; those of a library are run by its test, and those that a page shows by test_docs.py."""
+"""Examples run, tiny, as their docstrings say; a library's by its own test, those that a page shows by test_docs.py."""
 
 from __future__ import annotations
 

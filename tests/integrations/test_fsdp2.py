@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import memopt
+from examples.fsdp2 import headroom_bytes
 from memopt.integrations.checkpoints import Checkpoints
 from memopt.optim import AdamW8bit
 from tests.distributed.ranks import run_ranks
@@ -23,13 +24,6 @@ from tests.integrations import real_text
 SAVED, STEPS = 4, 8
 METERED = 3  # a metered step takes several times as long; the first allocates the states, the others are alike
 SHARE = 0.65  # of the step's peak
-
-
-def headroom() -> int:
-    """What FSDP2 holds beside the plan's account: its root's gathered parameters, copies of two blocks under way."""
-    model = real_text.model()
-    in_blocks = sum(p.nbytes for p in model.blocks.parameters())
-    return sum(p.nbytes for p in model.parameters()) - in_blocks + 2 * in_blocks // len(model.blocks)
 
 
 def built(plan: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -84,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan() -> Any:
-    return real_text.planned(zero=3, budget_bytes=SHARE, headroom_bytes=headroom())
+    return real_text.planned(zero=3, budget_bytes=SHARE, headroom_bytes=headroom_bytes(real_text.model()))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +96,7 @@ def test_the_loss_is_that_of_plain_pytorch_within_one_percent(results: list[dict
 def test_the_metered_peak_of_each_rank_is_under_the_budget(results: list[dict[str, Any]], plan: Any) -> None:
     chosen, budget_bytes = plan
     assert chosen.status in ("optimal", "feasible")
-    assert chosen.peak_bytes <= budget_bytes - headroom()
+    assert chosen.peak_bytes <= budget_bytes - headroom_bytes(real_text.model())
     for one in results:
         assert one["peak_bytes"] <= budget_bytes
 
