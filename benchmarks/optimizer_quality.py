@@ -32,7 +32,7 @@ NOTE = (
     "`python -m benchmarks.optimizer_quality --train demo small bf16 long --save`; AdamW; ratios of mean losses over "
     "seeds with the same data and first weights; the GPT of examples/gpt.py (6 layers of width 512 unless said), "
     "lr 3e-4 unless said, warm-up over a tenth, cosine to 0, matrix products in bf16; bf16 parameters round "
-    "stochastically. `fp32, nudged` is fp32 with one first weight moved by a millionth: what is noise."
+    "stochastically. `fp32, nudged` starts with one embedding longer by a ten-thousandth: what is noise."
 )
 
 
@@ -92,7 +92,7 @@ def rows_of(found: dict[str, dict[str, float]], training: list[dict[str, Any]]) 
     }
     titles |= {f"least_squares_{lr}": f"least squares, lr {lr}, final loss / fp32" for lr in ("0.01", "0.003")}
     rows = [
-        {"run": title, "state": state, "seeds": 3 if "heavy" in key else 5, "figure": round(row[key], 4)}
+        {"run": title, "state": state, "seeds": 3 if "heavy" in key else 5, "figure": f"{row[key]:.4f}"}
         for key, title in titles.items()
         for state, row in found.items()
     ]
@@ -102,9 +102,9 @@ def rows_of(found: dict[str, dict[str, float]], training: list[dict[str, Any]]) 
                 "run": f"GPT, {row['title']}: last {optimizer_training.LAST_STEPS} losses / fp32",
                 "state": row["state"],
                 "seeds": row["seeds"],
-                "figure": round(row["final_loss_ratio"], 4),
-                "held-out loss / fp32": round(row["held_out_loss_ratio"], 4),
-                "loss": round(row["final_loss"], 4),
+                "figure": f"{row['final_loss_ratio']:.4f}",
+                "held-out loss / fp32": f"{row['held_out_loss_ratio']:.4f}",
+                "loss": f"{row['final_loss']:.4f}",
                 "each seed": " ".join(f"{ratio:.4f}" for ratio in row["final_loss_ratios"]),
             }
         )
