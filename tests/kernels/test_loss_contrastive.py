@@ -87,6 +87,22 @@ def test_backward_again_func_grad_no_grad_and_fake_tensors() -> None:
         assert q.grad.shape == q.shape
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it when it resumes after the call
+def test_autocast_and_compile() -> None:
+    inputs = [t.requires_grad_() for t in pairs(9, 4, torch.float32)]
+
+    def loss(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+        return contrastive_loss(q, k, logit_scale=scale) * 2
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    ours, plain_run = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
+    torch.testing.assert_close(ours, plain_run)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = loss(*inputs)
+    narrow = [inputs[0].bfloat16(), inputs[1].bfloat16(), inputs[2]]
+    torch.testing.assert_close(cast, loss(*narrow), rtol=0, atol=0)
+
+
 def test_operators_pass_opcheck() -> None:
     x, one = torch.randn(5, 7), torch.ones(())
     torch.library.opcheck(torch.ops.memopt.column_statistics_.default, (torch.zeros(7), torch.ones(7), x, 2 * one))

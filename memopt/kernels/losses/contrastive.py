@@ -20,6 +20,7 @@ _CHUNK_BYTES = 32 * 2**20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def contrastive_loss(
     queries: Tensor,
     keys: Tensor,
@@ -47,6 +48,8 @@ def contrastive_loss(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    torch.compile leaves the call to eager mode.
 
     Cost: memory of ``chunk_bytes`` and 4 * D + 16 bytes per pair (twice that in 16 bits), where the plain loss keeps
     several N x N matrices; time of four products over (N, N, D) where the plain one has three.
