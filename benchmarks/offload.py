@@ -92,7 +92,7 @@ def steps(quick: bool) -> tuple[str, Rows]:
             "recompute everything": (Switch(trained.model, everything(templates, Action.RECOMPUTE)), trained.step),
             "swap everything (disk)": (Switch(trained.model, everything(templates, Action.SWAP)), trained.step),
         }
-        best = timed(variants, 3 if quick else 8)
+        best = timed(variants, 3 if quick else 5)
         for name, (context, step) in variants.items():
             with context:
                 peak = trained.peak_bytes(step)
