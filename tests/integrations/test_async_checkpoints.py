@@ -91,9 +91,9 @@ def test_training_goes_on_while_a_save_is_written(
     """Writing cannot begin before the steps after the save are done; what is written is what there was before them."""
     go_on, write = threading.Event(), writer.write_part
 
-    def held_back(*args: Any) -> None:
+    def held_back(*args: Any) -> Any:
         assert go_on.wait(60)
-        write(*args)
+        return write(*args)
 
     monkeypatch.setattr(writer, "write_part", held_back)
     model, optimizer = made()
@@ -261,9 +261,10 @@ def damage(path: Path, how: str) -> None:
     file = path / {"rank": "rank-00000.pt", "pickle": "rank-00000.pt"}.get(how, "model.safetensors")
     if how in ("cut", "rank"):
         os.truncate(file, file.stat().st_size - 10)
-    elif how == "header":
+    elif how in ("header", "bit", "sums"):
+        file = path / {"sums": "checksums.json"}.get(how, file.name)
         data = bytearray(file.read_bytes())
-        data[20] ^= 255
+        data[20 if how == "header" else len(data) // 2] ^= 1
         file.write_bytes(data)
     elif how == "empty":
         file.write_bytes(b"")
@@ -271,7 +272,7 @@ def damage(path: Path, how: str) -> None:
         torch.save({"version": 1, "extra": Malicious()}, file)
 
 
-@pytest.mark.parametrize("how", ["cut", "header", "empty", "rank", "pickle"])
+@pytest.mark.parametrize("how", ["cut", "header", "bit", "sums", "empty", "rank", "pickle"])
 def test_a_damaged_checkpoint_is_refused_and_nothing_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

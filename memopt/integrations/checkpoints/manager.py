@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 from torch.optim import Optimizer
 
-from memopt.integrations.checkpoints import folders, restoring
+from memopt.integrations.checkpoints import checksums, folders, restoring
 from memopt.integrations.checkpoints.staging import HostCopies, PartPlanner
 from memopt.integrations.checkpoints.trees import take_apart
 from memopt.integrations.checkpoints.writer import CheckpointWriter
@@ -189,13 +189,21 @@ class Checkpoints:
             self.wait()
         return saving
 
-    def load(self, model: nn.Module, optimizer: Optimizer | None = None, *, step: int | None = None) -> Loaded | None:
+    def load(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        step: int | None = None,
+        verify: bool = True,
+    ) -> Loaded | None:
         """Continue from a checkpoint: weights, states and, on as many ranks as saved it, random states.
 
         Args:
             model: takes the weights, whatever way it is sharded now.
             optimizer: takes the states; on ordinary parameters memopt's optimizers also take torch's of their rule.
             step: which checkpoint; the newest by default. Going back to an earlier one leaves later ones in place.
+            verify: hold every byte against its checksum first, which reads the checkpoint once more; ranks share it.
 
         Returns:
             The step and this rank's ``extra`` (the first rank's where more ranks load than saved), or None where
@@ -213,10 +221,24 @@ class Checkpoints:
         chosen = found[-1] if step is None else step
         if chosen not in found:
             raise FileNotFoundError(f"{self.folder} has no complete checkpoint of step {chosen}; it has {found}")
-        rest = restoring.restore(folders.path_of(self.folder, chosen), self._rank, VERSION, model, optimizer)
+        path = folders.path_of(self.folder, chosen)
+        if verify:
+            self._verify(path)
+        rest = restoring.restore(path, self._rank, VERSION, model, optimizer)
         if self._group is not None:
             dist.barrier(self._group)
         return Loaded(rest["step"], rest["extra"])
+
+    def _verify(self, path: Path) -> None:
+        shares = 1 if self._group is None else dist.get_world_size(self._group)
+        fault = checksums.fault(path, self._rank, shares)
+        faults = [fault]
+        if self._group is not None:
+            faults = [None] * shares
+            dist.all_gather_object(faults, fault, self._group)
+        found = next((one for one in faults if one is not None), None)
+        if found is not None:
+            raise ValueError(f"{found}; nothing loaded, choose another step of {self.steps()}")
 
     def wait(self) -> None:
         """Wait until the save under way, if any, is complete.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,14 +153,22 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, tensor.detach().reshape(-1).view(torch.uint8).numpy()))
 
 
-def write_part(file: int, entry: Entry, part: Tensor, offsets: Sequence[int]) -> None:
-    """Write the part of a tensor that begins at ``offsets``; ``file`` is a descriptor open for writing."""
+def write_part(file: int, entry: Entry, part: Tensor, offsets: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Write the part of a tensor that begins at ``offsets``; ``file`` is a descriptor open for writing.
+
+    Returns:
+        The pieces written: first and last byte (exclusive) in the file, and the CRC-32 of what is between.
+    """
     data, size = _bytes_of(part.contiguous()), entry.dtype.itemsize
+    pieces = []
     for whole, own, count in runs(entry.shape, offsets, part.shape):
-        at, begin, end = entry.start + whole * size, own * size, (own + count) * size
-        while begin < end:
-            written = os.pwrite(file, data[begin : min(end, begin + PIECE_BYTES)], at)
-            at, begin = at + written, begin + written
+        at, end = entry.start + (whole - own) * size, (own + count) * size  # a byte of the part lies at + its number
+        for begin in range(own * size, end, PIECE_BYTES):
+            stop = min(end, begin + PIECE_BYTES)
+            pieces.append((at + begin, at + stop, zlib.crc32(data[begin:stop])))
+            while begin < stop:
+                begin += os.pwrite(file, data[begin:stop], at + begin)
+    return pieces
 
 
 def read_part(file: int, entry: Entry, part: Tensor, offsets: Sequence[int]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
-from memopt.integrations.checkpoints import folders
+from memopt.integrations.checkpoints import checksums, folders
+from memopt.integrations.checkpoints.checksums import Piece
 from memopt.integrations.checkpoints.tensor_file import Entry, lay_out, write_part
 
 FILES = ("model", "optimizer")  # the first part of every tensor's name, and the file it lies in
@@ -48,6 +50,7 @@ class CheckpointWriter(StorageWriter):
     rank: int
     rank_bytes: bytes
     notes: Mapping[str, Mapping[str, str]]
+    _headers: list[Piece] = field(default_factory=list, init=False)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A writer serves one save."""
@@ -77,6 +80,7 @@ class CheckpointWriter(StorageWriter):
             header, layout[kind] = lay_out(tensors, self.notes.get(kind, {}))
             with file_of(partial, kind).open("xb") as file:
                 file.write(header)
+                self._headers.append(Piece(file_of(partial, kind).name, 0, len(header), zlib.crc32(header)))
                 file.truncate(max((entry.stop for entry in layout[kind].values()), default=len(header)))
         return [replace(plan, storage_data=layout) for plan in plans]
 
@@ -92,8 +96,9 @@ class CheckpointWriter(StorageWriter):
                     of, name = item.index.fqn.split("/", 1)
                     if of == kind:
                         part = cast(Tensor, planner.resolve_data(item))
-                        write_part(descriptor, entries[name], part, tuple(item.index.offset or ()))
-                        results.append(WriteResult(index=item.index, size_in_bytes=part.nbytes, storage_data=None))
+                        sums = write_part(descriptor, entries[name], part, tuple(item.index.offset or ()))
+                        pieces = [Piece(file_of(partial, kind).name, *piece) for piece in sums]
+                        results.append(WriteResult(index=item.index, size_in_bytes=part.nbytes, storage_data=pieces))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -106,7 +111,11 @@ class CheckpointWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Every rank has written: give the checkpoint its name."""
+        """Every rank has written: gather the checksums, and give the checkpoint its name."""
+        partial = folders.partial_of(self.folder, self.step)
+        pieces = [*self._headers, *(checksums.of_file(path) for path in partial.glob("rank-*"))]
+        pieces += [piece for of_rank in results for result in of_rank for piece in result.storage_data]
+        checksums.write(partial, pieces)
         folders.commit(self.folder, self.step, self.keep)
 
     @classmethod
