@@ -7,7 +7,7 @@ PINS := setup.cfg pyproject.toml constraints.txt
 DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
-.PHONY: help demo test lint types unit interpreter docs package clean
+.PHONY: help demo test lint types unit interpreter docs targets sanitize fuzz soak package clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,20 @@ interpreter: $(TEST_READY)  # Triton compiles or interprets, never both in one p
 
 docs: $(TEST_READY)  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+targets: $(TEST_READY)  ## registers, spills and shared memory of every Triton kernel on four GPUs
+	$(BIN)/python -m benchmarks.kernels --targets
+
+sanitize: $(TEST_READY)  ## every native kernel under the compiler's sanitizers
+	MEMOPT_SANITIZE=all $(BIN)/python -m pytest tests/faults/test_sanitizers.py
+
+fuzz: $(TEST_READY)  ## an hour of fuzzing of every file format that memopt reads
+	$(BIN)/python -m tests.faults.fuzzing all 3600
+
+soak: $(TEST_READY)  ## long runs: 20000 optimizer steps, 2000 planned steps, 30 kills
+	MEMOPT_SOAK_STEPS=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_long_runs.py
+	$(BIN)/python -m benchmarks.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.killed 30
 
 package: $(TEST_READY)  ## wheel and sdist, installed and imported outside the checkout
 	$(PYTHON) -m venv $(VENV)-build && $(VENV)-build/bin/pip install --quiet --disable-pip-version-check build
