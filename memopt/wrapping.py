@@ -49,8 +49,8 @@ def wrap(
 
     Raises:
         DoesNotFitError: nothing fits; the message names the smallest budget that would, and nothing has been applied.
-        ValueError: an unknown optimizer or hardware, a budget that cannot be read or lies below the weights alone, or
-            a model that cannot be traced; nothing has been applied.
+        ValueError: an unknown optimizer or hardware, a budget that cannot be read, or a model that cannot be traced;
+            nothing has been applied.
     """
     from memopt.offload import apply
     from memopt.optim import make
@@ -82,21 +82,22 @@ def plan_within(
 ) -> Plan:
     """Trace one step and plan it; the arguments are those of :func:`wrap`.
 
-    With ``accumulate``, the number of forward and backward passes before the optimizer's step, the gradients of the
-    passes before are alive during a pass: their bytes are taken off the budget, and every pass runs under one plan.
+    ``accumulate`` is the number of forward and backward passes before the optimizer's step. From the second on the
+    gradients of those before are alive all the time and nothing else changes: two passes are traced for any more.
 
     Raises:
         DoesNotFitError: nothing fits; the message names the smallest budget that would.
         ValueError: see :func:`wrap`.
     """
-    from memopt.planner import format_bytes, parse_bytes, plan, trace
+    from memopt.planner import format_bytes, plan, trace
 
     on = "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu"
-    traced = trace(model, inputs, loss_fn=loss_fn, optimizer=optimizer, device=on)
-    kept = sum(p.nbytes for p in model.parameters() if p.requires_grad) if accumulate > 1 else 0
-    chosen = plan(traced, budget=max(1, parse_bytes(budget) - kept), hardware=hardware)
+    traced = trace(
+        model, inputs, loss_fn=loss_fn, optimizer=optimizer, accumulate=max(1, min(accumulate, 2)), device=on
+    )
+    chosen = plan(traced, budget, hardware)
     if chosen.smallest_budget_bytes is not None:
-        smallest = chosen.smallest_budget_bytes + kept
+        smallest = chosen.smallest_budget_bytes
         raise DoesNotFitError(
             f"budget {budget}: nothing fits; the smallest budget that does is "
             f"{format_bytes(smallest)} ({smallest} bytes); what binds: "

@@ -65,6 +65,7 @@ class Handle:
         self._step = model.register_forward_pre_hook(self._entered)
         self._removed = False
         self._steps = 0
+        self._passes = getattr(plan, "passes", 1)
         self._reported = (0, 0.0)
         self.report: StepReport | None = None
 
@@ -78,7 +79,7 @@ class Handle:
             self._steps += 1
             if self._steps == 1:
                 self._meter(start=True)
-            elif self._steps == 2 and self.report is None:
+            elif self._steps == 1 + self._passes and self.report is None:
                 self.step_report(self._meter(start=False))
 
     def begin(self) -> None:
@@ -97,7 +98,8 @@ class Handle:
     def step_report(self, metered_peak_bytes: int | None = None) -> StepReport:
         """Compare what has happened since the plan was applied, or since the last report, with one step of the plan.
 
-        Called by itself when the second step begins; what it returned is in ``report``.
+        Called by itself when the second step begins (after all passes of the first where gradients are accumulated);
+        what it returned is in ``report``.
 
         Args:
             metered_peak_bytes: of the step, from ``memopt.meter`` or the device; without it only copies are compared.

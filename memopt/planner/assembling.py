@@ -18,7 +18,8 @@ def assemble(model: nn.Module, recorder: Recorder) -> Trace:
     """Puts operations, storages and blocks together; times are operation numbers of the traced step."""
     history, raw, calls = recorder.history, recorder.raw, recorder.calls
     categories = settle(history)
-    numbers = find_blocks(calls, raw)
+    passes = _passes(calls)
+    numbers = _block_calls(recorder, passes)
     owner = _owners(recorder, [calls[number] for number in numbers])
     ops = tuple(
         Op(
@@ -45,7 +46,7 @@ def assemble(model: nn.Module, recorder: Recorder) -> Trace:
         model=type(model).__name__,
         ops=ops,
         storages=storages,
-        blocks=_blocks(recorder, numbers, owner, storages),
+        blocks=_blocks(recorder, numbers, passes, owner, storages),
         peak_bytes=profile(history, categories).peak_bytes,
         dtype=_main_dtype(parameters),
         meta={
@@ -55,6 +56,28 @@ def assemble(model: nn.Module, recorder: Recorder) -> Trace:
             "torch": torch.__version__,
         },
     )
+
+
+def _passes(calls: list[Call]) -> list[int]:
+    """For each call the forward of the model that it belongs to: the model's own path is empty."""
+    found, current = [], -1
+    for call in calls:
+        current += call.path == "" and call.parent is None
+        found.append(current)
+    return found
+
+
+def _block_calls(recorder: Recorder, passes: list[int]) -> list[int]:
+    """The blocks of the last pass, and the same calls of every other: what only passes repeat is no block."""
+    calls = recorder.calls
+    first = next((n for n, number in enumerate(passes) if number == passes[-1]), 0)
+    seen: Counter[tuple[int, str]] = Counter()
+    keys = []
+    for call, number in zip(calls, passes, strict=True):
+        keys.append((call.path, seen[number, call.path]))
+        seen[number, call.path] += 1
+    chosen = {keys[first + number] for number in find_blocks(calls[first:], recorder.raw)}
+    return [number for number, key in enumerate(keys) if key in chosen]
 
 
 def _owners(recorder: Recorder, blocks: list[Call]) -> dict[int, int]:
@@ -72,7 +95,11 @@ def _owners(recorder: Recorder, blocks: list[Call]) -> dict[int, int]:
 
 
 def _blocks(
-    recorder: Recorder, numbers: list[int], owner: dict[int, int], storages: tuple[Storage, ...]
+    recorder: Recorder,
+    numbers: list[int],
+    passes: list[int],
+    owner: dict[int, int],
+    storages: tuple[Storage, ...],
 ) -> tuple[Block, ...]:
     phases = recorder.history.phases
     backward: dict[int, list[int]] = {}
@@ -80,7 +107,7 @@ def _blocks(
         if phases[index] is Phase.BACKWARD:
             backward.setdefault(number, []).append(index)
     groups: dict[tuple[object, ...], int] = {}
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[int, str]] = Counter()
     blocks = []
     for position, number in enumerate(numbers):
         call = recorder.calls[number]
@@ -92,7 +119,7 @@ def _blocks(
         blocks.append(
             Block(
                 path=call.path,
-                call=seen[call.path],
+                call=seen[passes[number], call.path],
                 group=groups.setdefault(key, len(groups)),
                 forward=(call.start, call.stop),
                 backward=(min(ran), min(max(ran) + 1, len(phases))),
@@ -103,7 +130,7 @@ def _blocks(
                 saved_inputs=saved_inputs,
             )
         )
-        seen[call.path] += 1
+        seen[passes[number], call.path] += 1
     return tuple(blocks)
 
 

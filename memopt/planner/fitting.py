@@ -18,11 +18,11 @@ from memopt.planner.changes import (
     release_gradients,
 )
 from memopt.planner.plan_file import Plan
-from memopt.planner.planning import DEFAULT_ACTIONS, check_budget, estimate, plan
+from memopt.planner.planning import DEFAULT_ACTIONS, estimate, plan, weight_bytes
 from memopt.planner.presets import ModelError
 from memopt.planner.problem import Rates
 from memopt.planner.rates import HardwareLike, rates_of
-from memopt.planner.units import BudgetError, parse_bytes
+from memopt.planner.units import parse_bytes
 from memopt.planner.values import Action, Category, Status, Trace
 
 SAME = 0.01  # combinations whose steps differ by less cost the same: no model of a device tells them apart
@@ -78,7 +78,7 @@ def fit(
         time_limit: seconds for each plan that is worked out.
 
     Raises:
-        BudgetError: the budget cannot be read or lies below the weights alone.
+        BudgetError: the budget cannot be read.
     """
     limit, rates, allowed = parse_bytes(budget), rates_of(hardware, trace.dtype), list(actions)
     tried = list(estimates(trace, limit, rates, actions=allowed, allow_block_coordinate=allow_block_coordinate))
@@ -108,11 +108,12 @@ def estimates(
     """What each combination of changes would come to, without working out plans; arguments as for ``fit``.
 
     Left out are combinations that cannot fit because one with fewer changes lacks more than the others free, and those
-    that add changes to one that already fits at no cost.
+    that add changes to one that already fits at no cost; all of them where the weights alone exceed the budget.
     """
     limit, rates, allowed = parse_bytes(budget), rates_of(hardware, trace.dtype), list(actions)
-    check_budget(trace, limit)
     tried: list[Combination] = []
+    if limit < weight_bytes(trace):
+        return ()
     for combination in _combinations(trace, allow_block_coordinate):
         names = tuple(one.name for one in combination)
         changed, extra = _changed(trace, rates, combination)
@@ -222,8 +223,6 @@ def largest_that_fits(
             made = make_trace(size)
             rates = rates_by_dtype.setdefault(made.dtype, rates_of(hardware, made.dtype))
             found = plan(made, budget, rates, actions=allowed)  # type: ignore[arg-type]
-        except BudgetError:
-            return None
         except ModelError:
             if size == step:
                 raise

@@ -13,8 +13,9 @@ from memopt.planner.strict_json import from_json, read_json, to_json
 from memopt.planner.values import BlockPlan, Status, Trace
 from memopt.version import __version__
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # version 1 has no digest, and no actions for the inputs of blocks: they are kept
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 1 has no digest, and no actions for the inputs of blocks: they are kept; version 2 knows of one pass."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Plan:
         compute_seconds: forward, backward and optimizer without any action; the step's other seconds are added to it.
         swap_tier: ``"host"``, ``"disk"`` or ``"none"``.
         swapped_bytes: written to the tier per step; ``host_bytes`` of them at most at a time.
+        passes: forwards and backwards in the step, each under the same actions.
         blocks: the actions, block call by block call; empty where nothing fits.
     """
 
@@ -73,6 +75,7 @@ class Plan:
     timeline_before: Timeline
     timeline_after: Timeline
     solve_seconds: float = 0.0
+    passes: int = 1
     format_version: int = FORMAT_VERSION
     memopt_version: str = __version__
 
@@ -113,13 +116,13 @@ class Plan:
             raise ValueError(
                 f"plan file {path} has format version {version!r}, written by memopt "
                 f"{data.get('memopt_version', '?')}; memopt {__version__} reads versions "
-                f"{' and '.join(map(str, READABLE))}: plan again"
+                f"{READABLE[0]} to {READABLE[-1]}: plan again"
             )
         if version > 1 and "digest" not in data:
             raise ValueError(f"plan file {path} lacks the field 'digest'")
         digest = data.pop("digest", None) if version > 1 else None
         plan = from_json(cls, {**data, "format_version": FORMAT_VERSION}, "plan")
-        if version > 1 and digest != _digest(to_json(plan)):
+        if version > 1 and digest != _digest(data):
             raise ValueError(f"plan file {path} is not what memopt wrote, its digest differs: plan again")
         if trace is not None:
             plan.check_model(trace)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from memopt.planner.building import build
+from memopt.planner.passes import last_pass
 from memopt.planner.plan_file import Plan, model_signature
 from memopt.planner.policy import Solution, SolverError, relax, smallest_peak, solve
 from memopt.planner.policy.solvers import check_time_limit
@@ -17,7 +18,7 @@ from memopt.planner.rates import HardwareLike, rates_of
 from memopt.planner.replaying import is_steady
 from memopt.planner.simulated import Simulation
 from memopt.planner.simulating import simulate
-from memopt.planner.units import BudgetError, format_bytes, parse_bytes
+from memopt.planner.units import format_bytes, parse_bytes
 from memopt.planner.validating import validate
 from memopt.planner.values import Action, BlockPlan, Category, SavedStorage, Status, StorageAction, Trace
 
@@ -63,21 +64,21 @@ def plan(
         ``smallest_budget_bytes`` and ``binding``.
 
     Raises:
-        BudgetError: a budget that cannot be read or that lies below the weights alone.
+        BudgetError: a budget that cannot be read.
         ValueError: an unknown hardware or action.
         SolverError: the solver cannot be run, or found nothing within ``time_limit``.
     """
     began = time.monotonic()
     allowed = _actions(actions)
     budget_bytes = None if budget is None else parse_bytes(budget)
-    if budget_bytes is not None:
-        check_budget(trace, budget_bytes)
     rates = rates_of(hardware, trace.dtype)
     planner = _Planner(trace, rates, allowed, time_limit, solver, tiled)
     baseline = simulate(trace, (), rates)
     if budget_bytes is None or baseline.peak_bytes <= budget_bytes:
         kept = planner.block_plans({})
         answer: _Answer | None = _Answer(kept, baseline, None, "everything fits as it is")
+    elif budget_bytes < weight_bytes(trace):
+        answer = None
     else:
         answer = planner.within(budget_bytes)
     smallest = None
@@ -90,7 +91,9 @@ def plan(
         if answer.solution is not None:
             gap = planner.gap(answer)
             status = Status.OPTIMAL if gap <= 2 * GAP else Status.FEASIBLE
-    found = _assemble(trace, rates, budget_bytes, baseline, shown, status, gap, time.monotonic() - began)
+    found = _assemble(
+        trace, rates, budget_bytes, baseline, shown, status, gap, planner.passes, time.monotonic() - began
+    )
     if status is not Status.INFEASIBLE:
         broken = validate(trace, found, rates).broken
         if broken is not None:
@@ -98,18 +101,9 @@ def plan(
     return found
 
 
-def check_budget(trace: Trace, budget_bytes: int) -> None:
-    """Refuse a budget that no plan can meet because the weights alone are larger.
-
-    Raises:
-        BudgetError: it is.
-    """
-    weights = sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS)
-    if budget_bytes < weights:
-        raise BudgetError(
-            f"budget {format_bytes(budget_bytes)} is below the weights alone ({format_bytes(weights)}); "
-            "give a larger budget, a smaller model or weights of a smaller dtype"
-        )
+def weight_bytes(trace: Trace) -> int:
+    """Bytes of the weights, which no plan moves: no budget below them can be met."""
+    return sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS)
 
 
 def estimate(
@@ -127,14 +121,16 @@ def estimate(
     baseline = simulate(trace, (), rates)
     if baseline.peak_bytes <= budget:
         return True, baseline.peak_bytes, baseline.step_seconds
-    problem = build(trace, rates, _actions(actions))
+    last, passes = last_pass(trace)
+    problem = build(last, rates, _actions(actions))
     found = relax(problem.within(budget), solver=solver)
     if found is not None:
-        return True, budget, problem.compute_seconds + found.seconds
+        return True, budget, baseline.compute_seconds + passes * found.seconds
     smallest = relax(problem, solver=solver, seek_peak=True)
     if smallest is None:
         raise SolverError(f"solver {solver!r} answered that no peak is possible")
-    return False, min(baseline.peak_bytes, smallest.peak_bytes), problem.compute_seconds + smallest.seconds
+    seconds = baseline.compute_seconds + passes * smallest.seconds
+    return False, min(baseline.peak_bytes, smallest.peak_bytes), seconds
 
 
 def _actions(actions: Iterable[Action | str]) -> frozenset[Action]:
@@ -153,6 +149,7 @@ class _Planner:
         self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str, tiled: bool
     ) -> None:
         self.trace, self.rates, self.actions, self.tiled = trace, rates, actions, tiled
+        self.last, self.passes = last_pass(trace)
         self.deadline, self.solver = time.monotonic() + check_time_limit(time_limit), solver
         self.bound_seconds: float | None = None
         self._smallest: _Answer | None = None
@@ -160,7 +157,7 @@ class _Planner:
     @cached_property
     def problem(self) -> Problem:
         """The problem, built when first needed."""
-        return build(self.trace, self.rates, self.actions)
+        return build(self.last, self.rates, self.actions)
 
     def left(self) -> float:
         """Seconds that the next solve may take."""
@@ -169,8 +166,8 @@ class _Planner:
     def block_plans(self, chosen: Mapping[tuple[int, int], Sequence[Shared]]) -> tuple[BlockPlan, ...]:
         """Plans for every block call that saves the same in every step; what was not decided about is kept."""
         plans = []
-        for n, block in enumerate(self.trace.blocks):
-            if not is_steady(self.trace, block):
+        for n, block in enumerate(self.last.blocks):
+            if not is_steady(self.last, block):
                 continue
             own = [part for saved in block.saved for part in _parts(saved, chosen.get((n, saved.index), ()))]
             given = [
@@ -237,7 +234,7 @@ class _Planner:
     def gap(self, answer: _Answer) -> float:
         """How much faster the step could be at most, by the first solve's bound for the budget as given."""
         spent = answer.simulation.step_seconds
-        best = answer.simulation.compute_seconds + (self.bound_seconds or 0.0)
+        best = answer.simulation.compute_seconds + self.passes * (self.bound_seconds or 0.0)
         return max(0.0, (spent - best) / spent) if spent > 0 else 0.0
 
 
@@ -268,6 +265,7 @@ def _assemble(
     answer: _Answer,
     status: Status,
     gap: float,
+    passes: int,
     seconds: float,
 ) -> Plan:
     found = answer.simulation
@@ -285,7 +283,7 @@ def _assemble(
         baseline_peak_bytes=baseline.peak_bytes,
         by_category=found.by_category,
         smallest_budget_bytes=found.peak_bytes if status is Status.INFEASIBLE else None,
-        binding=_binding(found, budget_bytes),
+        binding=_binding(trace, found, budget_bytes),
         compute_seconds=found.compute_seconds,
         recompute_seconds=found.recompute_seconds,
         stall_seconds=found.stall_seconds,
@@ -297,12 +295,15 @@ def _assemble(
         timeline_before=baseline.timeline,
         timeline_after=found.timeline,
         solve_seconds=seconds,
+        passes=passes,
     )
 
 
-def _binding(found: Simulation, budget_bytes: int | None) -> str:
+def _binding(trace: Trace, found: Simulation, budget_bytes: int | None) -> str:
     """What the peak consists of, largest first, and whether the budget is what stops it."""
     parts = sorted(found.by_category.items(), key=lambda part: -part[1])
     text = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
     limit = "nothing" if budget_bytes is None or found.peak_bytes < 0.9 * budget_bytes else f"memory at {found.peak_at}"
+    if budget_bytes is not None and budget_bytes < (weights := weight_bytes(trace)):
+        limit = f"the weights alone, {format_bytes(weights)}, are above the budget; {limit}"
     return f"{limit} ({text})"

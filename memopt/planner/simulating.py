@@ -76,10 +76,11 @@ class _Player:
         self._plan_copies()
 
     def _read_plans(self, plans: list[BlockPlan]) -> None:
-        numbers = {(block.path, block.call): n for n, block in enumerate(self.trace.blocks)}
-        for plan in plans:
-            n = numbers[plan.path, plan.call]
-            block = self.trace.blocks[n]
+        by_call = {(plan.path, plan.call): plan for plan in plans}
+        for n, block in enumerate(self.trace.blocks):
+            plan = by_call.get((block.path, block.call))
+            if plan is None:
+                continue
             self._read_fates(n, block.saved, plan.actions, 0)
             self._read_fates(n, block.saved_inputs, plan.inputs, block.forward[1])
             self.moved_inputs[n] = [s.storage for s in block.saved_inputs if s.storage in self.saved]

@@ -59,26 +59,34 @@ def validate(trace: Trace, plan: Plan, hardware: HardwareLike | None = None) -> 
 
 def _broken_shape(trace: Trace, plans: tuple[BlockPlan, ...]) -> str | None:
     """The first rule that the actions break before anything runs."""
-    blocks = {(block.path, block.call): block for block in trace.blocks}
+    blocks: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # one for each accumulated pass
+    for number, block in enumerate(trace.blocks):
+        blocks[block.path, block.call].append(number)
     seen = set()
     for plan in plans:
         name = f"block {plan.path} (call {plan.call})"
-        block = blocks.get((plan.path, plan.call))
-        if block is None:
+        if (plan.path, plan.call) not in blocks:
             return f"{name} is not in the trace"
         if (plan.path, plan.call) in seen:
             return f"{name} is planned twice"
         seen.add((plan.path, plan.call))
-        if plan.signature != block.signature:
-            return f"{name} has signature {block.signature}, the plan was made for {plan.signature}"
-        named = {action.index for action in plan.inputs}
-        inputs = tuple(saved for saved in block.saved_inputs if saved.index in named)
-        broken = _broken_actions(f"{name}: saved storage", block.saved, plan.actions)
-        broken = broken or _broken_actions(f"{name}: saved input", inputs, plan.inputs)
-        broken = broken or _broken_inputs(name, trace, trace.blocks.index(block), plan.inputs)
-        if broken is not None:
-            return broken
+        for number in blocks[plan.path, plan.call]:
+            broken = _broken_block(name, trace, number, plan)
+            if broken is not None:
+                return broken
     return None
+
+
+def _broken_block(name: str, trace: Trace, number: int, plan: BlockPlan) -> str | None:
+    """The first rule that a block's actions break."""
+    block = trace.blocks[number]
+    if plan.signature != block.signature:
+        return f"{name} has signature {block.signature}, the plan was made for {plan.signature}"
+    named = {action.index for action in plan.inputs}
+    inputs = tuple(saved for saved in block.saved_inputs if saved.index in named)
+    broken = _broken_actions(f"{name}: saved storage", block.saved, plan.actions)
+    broken = broken or _broken_actions(f"{name}: saved input", inputs, plan.inputs)
+    return broken or _broken_inputs(name, trace, number, plan.inputs)
 
 
 def _broken_actions(name: str, storages: tuple[SavedStorage, ...], actions: tuple[StorageAction, ...]) -> str | None:

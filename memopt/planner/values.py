@@ -97,6 +97,9 @@ class SavedStorage:
 class Block:
     """One call of a repeated module. Blocks of one ``group`` have the same operations, shapes and saved storages.
 
+    ``call`` counts the module's calls in one forward of the model, so that where gradients are accumulated every pass
+    has a block of the same path and call, and all of them run under one plan.
+
     ``saved_inputs`` are the storages of the call's inputs that autograd saves inside it, in the order in which it first
     packs them, with numbers of their own; ``saved`` leaves them out.
     """

@@ -95,7 +95,6 @@ def test_plan_that_does_not_fit_says_what_would() -> None:
         (["plan", "gpt2", "--hardware", "rtx-9999"], ["rtx-9999", "rtx-4090"]),
         (["plan", "gpt2", "--optimizer", "adamw7bit"], ["adamw7bit", "adamw,", "8bit"]),
         (["plan", "gpt2", "--budget", "lots"], ["lots", "24GiB"]),
-        (["plan", SMALL, "--budget", "10MiB"], ["weights alone"]),
         (["plan", "gpt2", "--dtype", "int3"], ["int3", "bf16"]),
         (["place", "missing.csv"], ["missing.csv"]),
     ],
@@ -113,6 +112,18 @@ def test_bad_input_is_one_clear_line(
     (line,) = shown.err.splitlines()
     for word in words:
         assert word in line
+
+
+def test_a_budget_below_the_weights_gives_the_smallest_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["memopt", "plan", SMALL, "--budget", "10MiB", "--hardware", "rtx-4090"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The smallest budget that fits is" in shown
+    assert "What binds: the weights alone" in shown
 
 
 def test_a_solver_that_fails_is_one_clear_line(

@@ -81,10 +81,14 @@ def test_states_that_are_small_already_are_not_offered_again() -> None:
     assert "4bit state" in names
 
 
-def test_a_budget_below_the_weights_is_refused() -> None:
-    trace = transformer(4, unit=10**4)
-    with pytest.raises(BudgetError, match="below the weights"):
-        fit(trace, 10, CPU)
+def test_below_the_weights_nothing_is_tried() -> None:
+    found = fit(transformer(4, unit=10**4), 10, CPU)
+    assert (found.best, found.tried) == (None, ())
+
+
+def test_an_unreadable_budget_is_refused() -> None:
+    with pytest.raises(BudgetError, match="'plenty' is not a size"):
+        fit(transformer(4), "plenty", CPU)
 
 
 @pytest.mark.parametrize(("step", "exact"), [(1, True), (8, True), (1, False)])

@@ -78,10 +78,17 @@ def test_nothing_fits_is_an_answer_with_the_smallest_budget_that_would(rates: Ra
     assert again.peak_bytes <= found.smallest_budget_bytes
 
 
-def test_budgets_below_the_weights_or_unreadable_are_refused() -> None:
+def test_a_budget_below_the_weights_is_an_answer_too() -> None:
     trace = transformer(4, unit=2**20)
-    with pytest.raises(BudgetError, match=r"budget 7\.0 MiB is below the weights alone \(8\.0 MiB\)"):
-        plan(trace, "7MiB", CPU)
+    found = plan(trace, "7MiB", CPU)
+    assert found.status is Status.INFEASIBLE
+    assert found.binding.startswith("the weights alone, 8.0 MiB, are above the budget; memory at ")
+    assert found.smallest_budget_bytes == plan(trace, "9MiB", CPU).smallest_budget_bytes
+    assert plan(trace, found.smallest_budget_bytes, CPU).status is not Status.INFEASIBLE
+
+
+def test_unreadable_budgets_are_refused() -> None:
+    trace = transformer(4)
     with pytest.raises(BudgetError, match="'plenty' is not a size"):
         plan(trace, "plenty", CPU)
 
