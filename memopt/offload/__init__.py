@@ -62,6 +62,7 @@ The first step
 """
 
 from memopt.offload.applying import Handle, apply
+from memopt.offload.arena import Arena
 from memopt.offload.errors import PlanMismatchError, ReplayError, SwapError, UnsupportedBlockError
 from memopt.offload.host_optimizer import HostOptimizer
 from memopt.offload.paged_optimizer import PagedOptimizer
@@ -70,6 +71,7 @@ from memopt.offload.reversible import Reversible
 from memopt.offload.tiling import Tiled, blockwise_attention, tile
 
 __all__ = [
+    "Arena",
     "Handle",
     "HostOptimizer",
     "PagedOptimizer",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +19,50 @@ from memopt.offload import HostOptimizer, PagedOptimizer, apply
 from memopt.offload.tiers import open_tier
 from memopt.planner.values import Action
 from tests.offload.models import CASES, everything, make_plan, mixture, parted, step_loss, templates
+
+# In a process of its own, because torch changes its allocator only before CUDA is used.
+ARENA = """
+import torch
+from memopt.offload import Arena
+
+def train(step):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(256, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 256)]
+    model = torch.nn.Sequential(*layers).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for turn in range(6):
+        with step():
+            x = torch.full((512, 256), 0.1 * (turn + 1), device="cuda")
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            del x, loss
+        held.append((arena.planned_bytes, arena.reserved_bytes, arena.misses))
+    return losses
+
+from contextlib import nullcontext
+arena, held = Arena(), []
+plain = train(nullcontext)
+held.clear()
+ours = train(arena.step)
+torch.cuda.synchronize()
+assert plain == ours, (plain, ours)
+assert held[-1][0] > 512 * 1024 * 4 and held[-1][2] == 0, held
+assert held[-1][1] == held[-2][1], held
+before = arena.reserved_bytes
+arena.close()
+assert before - arena.reserved_bytes >= held[-1][0], (before, arena.reserved_bytes, held)
+try:
+    torch.empty(1 << 50, device="cuda")
+except RuntimeError as error:
+    assert "out of memory" in str(error), error
+else:
+    raise AssertionError("no error")
+torch.ones(4, device="cuda").sum().item()
+"""
 
 EXACT = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
 
@@ -113,3 +159,7 @@ if torch.cuda.is_available():
                 optimizer.zero_grad()
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4 if on_cpu else 0, atol=1e-5 if on_cpu else 0)
+
+    def test_an_arena_replays_a_training_step() -> None:
+        run = subprocess.run([sys.executable, "-c", ARENA], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
