@@ -11,17 +11,43 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 NOTHING_FITS = 2
 BAD_INPUT = 1
 
+MODEL, BUDGET, TRAINING, SHARDING, OUTPUT = "Model", "Budget and hardware", "Training", "Sharding", "Output"
+FLAG = ""  # no type beside options that take no value
+
+
+class _PlainHelp:
+    """Shows --help as a flag like the others, in the panel of the last option."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = FLAG
+            last: Any = self.params[-1] if self.params else None  # type: ignore[attr-defined]
+            option.rich_help_panel = getattr(last, "rich_help_panel", None)
+        return option
+
+
+class _Command(_PlainHelp, typer.core.TyperCommand):
+    pass
+
+
+class _Group(_PlainHelp, typer.core.TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="memopt",
+    cls=_Group,
     help="Train PyTorch models that do not fit in memory.",
     no_args_is_help=True,
     add_completion=False,
@@ -50,7 +76,7 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
 
 @app.callback(invoke_without_command=True)
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", metavar=FLAG, help="Print the version and stop.")] = False,
 ) -> None:
     if version:
         from memopt.version import __version__
@@ -59,54 +85,134 @@ def _options(
         raise typer.Exit
 
 
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with the memory timeline.")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result to this file.")]
 
 
-@app.command("plan")
+@app.command("plan", cls=_Command, epilog="Example: memopt plan llama-3-8b --hardware rtx-4090 --budget 24GiB --fit")
 def plan_command(
     model: Annotated[
         str,
-        typer.Argument(help="A preset, a transformers config.json or its folder, or python module:callable."),
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help="A preset, a transformers config.json or its folder, or python module:callable.",
+        ),
     ],
+    batch: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=MODEL, help="Sequences on one device.")] = 1,
+    seq: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=MODEL, help="Tokens in a sequence; default: the model's own."),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="NAME", rich_help_panel=MODEL, help="Of weights and activations: bf16, fp16 or fp32."),
+    ] = "bf16",
     budget: Annotated[
-        str | None, typer.Option(help="Memory of the whole step, such as 24GiB; default: the device's.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=BUDGET,
+            help="Memory of the whole step, such as 24GiB; default: the device's.",
+        ),
     ] = None,
     hardware: Annotated[
-        str, typer.Option(help="A device of the table, a JSON file of `memopt probe`, or auto.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=BUDGET,
+            help="A device of the table, a JSON file of `memopt probe`, or auto.",
+        ),
     ] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences on one device.")] = 1,
-    seq: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence; default: the model's own.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of weights and activations: bf16, fp16 or fp32.")] = "bf16",
-    optimizer: Annotated[str, typer.Option(help="Its name, such as adamw8bit.")] = "adamw8bit",
+    optimizer: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=TRAINING, help="Its name, such as adamw8bit.")
+    ] = "adamw8bit",
     fit_all: Annotated[
-        bool, typer.Option("--fit", help="Also choose optimizer state, gradient release, chunked loss and offload.")
+        bool,
+        typer.Option(
+            "--fit",
+            metavar=FLAG,
+            rich_help_panel=TRAINING,
+            help="Also choose optimizer state, gradient release, chunked loss and offload.",
+        ),
     ] = False,
     chunked_loss: Annotated[
-        bool, typer.Option("--chunked-loss", help="Count on memopt.linear_cross_entropy: logits by chunks.")
+        bool,
+        typer.Option(
+            "--chunked-loss",
+            metavar=FLAG,
+            rich_help_panel=TRAINING,
+            help="Count on memopt.linear_cross_entropy: logits by chunks.",
+        ),
     ] = False,
     release_gradients: Annotated[
-        bool, typer.Option("--release-gradients", help="Count on memopt.optim.release_gradients.")
+        bool,
+        typer.Option(
+            "--release-gradients",
+            metavar=FLAG,
+            rich_help_panel=TRAINING,
+            help="Count on memopt.optim.release_gradients.",
+        ),
     ] = False,
-    max_seq: Annotated[bool, typer.Option("--max-seq", help="Search for the longest sequence that fits.")] = False,
-    max_batch: Annotated[bool, typer.Option("--max-batch", help="Search for the largest batch that fits.")] = False,
-    data: Annotated[int, typer.Option(min=1, help="Data-parallel degree.")] = 1,
-    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage over the data-parallel devices.")] = 0,
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Context-parallel degree.")] = 1,
+    max_seq: Annotated[
+        bool,
+        typer.Option(
+            "--max-seq", metavar=FLAG, rich_help_panel=TRAINING, help="Search for the longest sequence that fits."
+        ),
+    ] = False,
+    max_batch: Annotated[
+        bool,
+        typer.Option(
+            "--max-batch", metavar=FLAG, rich_help_panel=TRAINING, help="Search for the largest batch that fits."
+        ),
+    ] = False,
+    data: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=SHARDING, help="Data-parallel degree.")] = 1,
+    zero: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=3,
+            metavar="STAGE",
+            rich_help_panel=SHARDING,
+            help="ZeRO stage over the data-parallel devices.",
+        ),
+    ] = 0,
+    tensor: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=SHARDING, help="Tensor-parallel degree.")
+    ] = 1,
+    context: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=SHARDING, help="Context-parallel degree.")
+    ] = 1,
     pipeline_stages: Annotated[
-        int | None, typer.Option(min=1, help="Also show what pipeline schedules hold, for so many stages.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=SHARDING,
+            help="Also show what pipeline schedules hold, for so many stages.",
+        ),
     ] = None,
-    microbatches: Annotated[int, typer.Option(min=1, help="Microbatches of a pipeline's step.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a page.")] = False,
-    html: Html = None,
+    microbatches: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=SHARDING, help="Microbatches of a pipeline's step.")
+    ] = 8,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", metavar=FLAG, rich_help_panel=OUTPUT, help="Print the plan as JSON instead of a page."),
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write a report with the memory timeline."),
+    ] = None,
     perfetto: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the timeline as a Perfetto trace.")
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write the timeline as a Perfetto trace."),
     ] = None,
     snapshot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the step for PyTorch's memory viewer.")
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write the step for PyTorch's memory viewer."),
     ] = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write the plan to this file.")
+    ] = None,
 ) -> None:
     """Say whether a training step fits, and what to keep, swap and recompute so that it does."""
     from memopt.plan_command import Asked, answer, write_reports
@@ -149,13 +255,17 @@ def plan_command(
         raise typer.Exit(NOTHING_FITS)
 
 
-@app.command("place")
+@app.command("place", cls=_Command, epilog="Example: memopt place buffers.csv --out placed.csv")
 def place_command(
-    file: Annotated[Path, typer.Argument(help="CSV with the columns id, lower, upper, size; lifetimes half-open.")],
-    capacity: Annotated[int | None, typer.Option(min=1, help="Bytes to fit into; default: as few as possible.")] = None,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="CSV with the columns id, lower, upper, size; lifetimes half-open.")
+    ],
+    capacity: Annotated[
+        int | None, typer.Option(min=1, metavar="BYTES", help="Bytes to fit into; default: as few as possible.")
+    ] = None,
     out: Out = None,
-    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds to search at most.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    time_limit: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to search at most.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the figures as JSON.")] = False,
 ) -> None:
     """Give every buffer of a CSV file an offset, so that no two that live together overlap."""
     from memopt.planner.placement import Outcome, place, read_csv, write_csv
@@ -175,7 +285,7 @@ def place_command(
         raise typer.Exit(NOTHING_FITS)
 
 
-@app.command("probe")
+@app.command("probe", cls=_Command, epilog="Example: memopt probe --out machine.json")
 def probe_command(out: Out = None) -> None:
     """Measure this machine: FLOP/s, memory, host link and disk, as a hardware file for `memopt plan`."""
     from memopt.planner import probe
@@ -187,7 +297,7 @@ def probe_command(out: Out = None) -> None:
     typer.echo(text)
 
 
-@app.command("bench")
+@app.command("bench", cls=_Command, epilog="Example: memopt bench")
 def bench_command() -> None:
     """Compare this machine's optimizers, quantisers and losses with torch's, and with peers where installed."""
     from rich.progress import track

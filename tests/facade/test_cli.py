@@ -49,6 +49,15 @@ def test_help_of_every_command(command: list[str]) -> None:
     result = memopt(*command, "--help")
     assert result.returncode == 0
     assert "Usage" in result.stdout
+    assert "<bool>" not in result.stdout
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    if command:
+        assert f"Example: memopt {command[0]}" in result.stdout
+    if command == ["plan"]:
+        panels = ["Model", "Budget and hardware", "Training", "Sharding", "Output"]
+        starts = [result.stdout.index(f"─ {panel} ─") for panel in panels]
+        assert starts == sorted(starts)
 
 
 def small_model() -> tuple[nn.Module, dict[str, torch.Tensor]]:
