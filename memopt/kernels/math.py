@@ -76,7 +76,7 @@ def abs(x: Number) -> Number:
 
 
 def sign(x: Number) -> Number:
-    """-1, 0 or 1; NaN gives 0."""
+    """-1, 0 or 1; NaN gives 0, as with ``torch.sign``."""
     return _unary("sign", lambda v: float((v > 0) - (v < 0)), lambda t: (t > 0).to(t.dtype) - (t < 0).to(t.dtype), x)
 
 

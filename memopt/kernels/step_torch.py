@@ -76,6 +76,10 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
     g = _part(request.grads[i], first, last).float().reshape(rows, length)
     new_p, new_states, sums = update.apply(p, g, tuple(values), SimpleNamespace(**request.scalars))
 
+    sound = torch.ones((), dtype=torch.bool, device=param.device)
+    for codec, old, new in zip(request.codecs, values, new_states, strict=True):
+        if codec is not None and new is not old:
+            sound = sound & new.isfinite()
     for j, (old, new) in enumerate(zip(values, new_states, strict=True)):
         if new is old:
             continue
@@ -85,6 +89,7 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
             target = _part(state, first, last)  # type: ignore[arg-type]
             target.copy_(rounded(new, target.dtype, halves(j) if stochastic else None).reshape(target.shape))
         else:
+            new = torch.where(sound, new, 0.0)  # else it raises no scale and starts anew
             codes, scales = encode_rows(new, codec, codec.blocks(part.shape), noise(j) if stochastic else None)
             held = cut(state, codec, first, last)  # type: ignore[arg-type]
             held.codes.copy_(codes.reshape(held.codes.shape))

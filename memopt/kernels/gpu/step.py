@@ -26,8 +26,11 @@ WARPS = 4
 _Pieces = dict[tuple[int, bool], list[int]]  # (width, whole) -> task, first, count, last_of_row of each program
 
 
-def run(request: StepRequest) -> dict[str, Tensor]:
-    """Carries the step out. Codecs with different block sizes go through the torch implementation."""
+def run(request: StepRequest, *, restart: bool = True) -> dict[str, Tensor]:
+    """Carries the step out. Codecs with different block sizes go through the torch implementation.
+
+    Without ``restart`` a new value that is not finite makes its whole block NaN, as quantisers do.
+    """
     if len(set(request.block_sizes)) > 1:
         return step_torch.run(request)
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -37,7 +40,7 @@ def run(request: StepRequest) -> dict[str, Tensor]:
     names = request.update.reductions
     sums = torch.zeros(len(request.params), len(names), dtype=torch.float64, device=request.params[0].device)
     for (param, grad, stored), members in groups.items():
-        kind = StepKind(request.update, param, grad, stored, request.roundings, request.param_rounding)
+        kind = StepKind(request.update, param, grad, stored, request.roundings, request.param_rounding, restart)
         sums[members] = _launch(kind, request, members)
     return {name: sums[:, k].float() for k, name in enumerate(names)}
 

@@ -51,6 +51,12 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], list[float]]:
         if isinstance(stored, Codec)
     )
     body = [*_opening(kind), *_loads(kind, printer.inputs | set(names)), *printer.lines, *_words(kind)]
+    coded = {j: name for j, name in zip(written, names, strict=False) if j in kind.quantised}
+    body += [f"raw{j} = tl.where(inside, {name}, 0.0)" for j, name in coded.items()]
+    if kind.restart and coded:  # an element with a new value that is not finite raises no scale and starts anew
+        finite = (f"((raw{j}.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000)" for j in coded)
+        body.append(f"sound = {' & '.join(finite)}")
+        body += [f"raw{j} = tl.where(sound, raw{j}, 0.0)" for j in coded]
     for j, name in zip(written, names, strict=False):
         body += _store_state(kind, j, name)
     if new_p is not p:
@@ -160,12 +166,11 @@ def _store_state(kind: StepKind, j: int, name: str) -> list[str]:
         return [_store(f"data{j} + place", name, j, kind)]
     noise = f"turned(w{j // 2}, {bool(j % 2)}).to(tl.int32, bitcast=True).to(tl.float32)"
     lines = [
-        f"kept{j} = tl.where(inside, {name}, 0.0)",
-        f"size{j} = kept{j}.to(tl.int32, bitcast=True) & 0x7FFFFFFF",
+        f"size{j} = raw{j}.to(tl.int32, bitcast=True) & 0x7FFFFFFF",
         f"largest{j} = tl.max(size{j}, 1, keep_dims=True)",
         f"scale{j}, lift{j}, inverse{j} = scale_of(largest{j}, {stored.top(kind.roundings[j])!r})",
         f"tl.store(scales{j} + block_number, scale{j}, mask=one)",
-        f"kept{j} = tl.where(lift{j} == 0.0, 0.0, kept{j} * lift{j})",
+        f"kept{j} = tl.where(lift{j} == 0.0, 0.0, raw{j} * lift{j})",
         f"n{j} = {noise if j in kind.noisy else '0.0'}",
         f"c{j} = encode_{j}(kept{j}, inverse{j}, n{j}, tables).to(tl.int32, bitcast=True) & 255",
     ]

@@ -30,6 +30,23 @@ template <class D> struct Nibbles {
 };
 template <class D> INLINE Nibbles<D> nibbles(D decode) { return Nibbles<D>(decode); }
 
+// Elements with a new value that is no number start anew, in all their encoded states: zeros, which raise no scale.
+static __attribute__((noinline, cold)) void start_anew(float* const* states, int count, int n) {
+    for (int i = 0; i < n; i++) {
+        bool sound = true;
+        for (int j = 0; j < count; j++) sound &= std::isfinite(states[j][i]);
+        for (int j = 0; j < count && !sound; j++) states[j][i] = 0;
+    }
+}
+// The scale of a block whose values were changed, or are tiny and have to be made larger.
+static __attribute__((noinline, cold)) Scale scale_again(float* values, int n, float unit) {
+    vu maxima = {};
+    for (int i = 0; i < n; i++) maxima = umax(maxima, magnitude(splat(values[i])));
+    Scale s = scale_of(maxima, unit);
+    prepare(values, n, s);
+    return s;
+}
+
 static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float* uniforms, double* sums);
 
 // sums: one row of N_SUMS doubles for every task; step_key: from seed and step

@@ -21,7 +21,10 @@ PREFETCH = 1024  # elements ahead
 
 @dataclass(frozen=True)
 class StepKind:
-    """What one compiled step is made for; ``stored`` has a codec or a dtype for each state."""
+    """What one compiled step is made for; ``stored`` has a codec or a dtype for each state.
+
+    ``restart``: elements with a new value that is not finite start anew, at zero; only Triton's quantisers do without.
+    """
 
     update: Update
     param: torch.dtype
@@ -29,6 +32,7 @@ class StepKind:
     stored: tuple[Codec | torch.dtype, ...]
     roundings: tuple[str, ...]
     param_rounding: str
+    restart: bool = True
 
     @property
     def quantised(self) -> tuple[int, ...]:
@@ -114,10 +118,11 @@ class _Body:
             lines += self._open_codec(j, stored) if isinstance(stored, Codec) else self._open_plain(j, stored)
         lines += [f"vf sum{k} = {{}};" for k in range(len(self.sums))]
         lines += self._each_segment(self._segment_scales(), self._element, self._segment_maxima())
-        for j in self.coded:
-            lines += self._close_blocks(j)
         if self.coded:
+            lines += self._between()
             lines += self._each_segment(self._segment_inverses(), self._second_element, [])
+            if self.late is not None:
+                lines.append("if (__builtin_expect(rare, 0)) memcpy(param, kept, n * sizeof(P));")
         for j in self.coded:
             lines += self._pack(j)
         for k in range(len(self.sums)):
@@ -263,7 +268,6 @@ class _Body:
     def _second_element(self, tail: bool) -> list[str]:
         """The second pass: encode the new states, and update the parameter where nothing else is needed for it."""
         kind, count = self.kind, len(self.kind.stored)
-        some, extra = ("_some", ", m") if tail else ("", "")
         lines = [] if tail or self.late is None else [f"prefetch(param + j + {PREFETCH});"]
         lines += self._words([*self.coded, *([] if self.late is None else [count])])
         for j in self.coded:
@@ -273,10 +277,22 @@ class _Body:
                 lines.append(f"{{ uint8_t some[W]; store_codes(some, e{j}); memcpy(codes{j} + j, some, m); }}")
             else:
                 lines.append(f"store_codes(codes{j} + j, e{j});")
-        if self.late is not None:
-            lines += [f"vf p = load{some}(param + j{extra});", f"vf g = load{some}(grad + j{extra});", *self.late]
-            lines.append(self._store("param + j", self.param, count if count in kind.noisy else None, some, extra))
-        return lines
+        return [*lines, *self._late_update(tail)]
+
+    def _late_update(self, tail: bool) -> list[str]:
+        """The parameter from the new states, where that waits for the second pass."""
+        if self.late is None:
+            return []
+        count = len(self.kind.stored)
+        some, extra = ("_some", ", m") if tail else ("", "")
+        slot = count if count in self.kind.noisy else None
+        lines = [f"vf p = load{some}(param + j{extra});", f"vf g = load{some}(grad + j{extra});", *self.late]
+        return [*lines, self._store("param + j", self.param, slot, some, extra)]
+
+    def _late_element(self, tail: bool) -> list[str]:
+        """The parameter alone, from the new states as the first pass left them."""
+        states = [f"vf n{j} = load(new{j} + j);" for j in self.coded]
+        return [*self._words([len(self.kind.stored)]), *states, *self._late_update(tail)]
 
     @staticmethod
     def _store(place: str, name: str, slot: int | None, some: str, extra: str) -> str:
@@ -284,17 +300,40 @@ class _Body:
             return f"store{some}({place}, {name}{extra});"
         return f"store_noisy{some}({place}, {name}, half_of(w{slot // 2}, {slot}){extra});"
 
-    def _close_blocks(self, j: int) -> list[str]:
-        """Scales of the new values, between the passes."""
+    def _between(self) -> list[str]:
+        """Scales of the new values, between the passes.
+
+        Where a new value is not finite, or a block's are so small that they are lifted, the buffers no longer hold what
+        the parameter is made of, which is then computed before they change, and kept from the second pass.
+        """
+        lines = ["bool rare = false;"]
+        check = "if (__builtin_expect(s.lift != 1.0f, 0)) rare |= s.scale != 0;"
+        for j in self.coded:
+            lines += self._close_blocks(j, f"scale_of(maxima{j}[k], {self._top(j)})", check)
+        if self.late is not None:
+            lines.append(f"P kept[{2 * self.tile}];")
+        lines.append("if (__builtin_expect(rare, 0)) {")
+        if self.late is not None:
+            lines += [*self._each_segment([], self._late_element, []), "memcpy(kept, param, n * sizeof(P));"]
+        lines += [
+            f"float* const states[] = {{{', '.join(f'new{j}' for j in self.coded)}}};",
+            f"start_anew(states, {len(self.coded)}, n);",
+        ]
+        for j in self.coded:
+            lines += self._close_blocks(j, f"scale_again(new{j} + at, length, {self._top(j)})")
+        return [*lines, "}"]
+
+    def _top(self, j: int) -> str:
         codec = self.kind.stored[j]
         assert isinstance(codec, Codec)
-        lines = [
-            f"Scale s = scale_of(maxima{j}[k], {literal(codec.top(self.kind.roundings[j]))});",
-            f"scales{j}[block{j} + k] = s.scale;",
-            f"inverses{j}[k] = s.inverse;",
-            f"prepare(new{j} + at, length, s);",
-        ]
-        return self._each_block(j, codec, lines)
+        return literal(codec.top(self.kind.roundings[j]))
+
+    def _close_blocks(self, j: int, scale: str, *more: str) -> list[str]:
+        codec = self.kind.stored[j]
+        assert isinstance(codec, Codec)
+        lines = [f"Scale s = {scale};", f"scales{j}[block{j} + k] = s.scale;", f"inverses{j}[k] = s.inverse;"]
+        # peeled, the few rounds of this loop wait for each other's divisions
+        return ["#pragma GCC unroll 1", *self._each_block(j, codec, [*lines, *more])]
 
     def _pack(self, j: int) -> list[str]:
         codec = self.kind.stored[j]

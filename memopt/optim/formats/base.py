@@ -30,6 +30,10 @@ class StateFormat(Protocol):
     """How optimizer states are kept between steps. Implement these members, put the object in a file of this folder
     as ``FORMAT`` (or pass it as ``state=``), and every rule can use it.
 
+    Where a step makes an encoded state of an element NaN or infinite, all of that element's encoded states start anew,
+    at zero, and raise no scale: its neighbours stay as they would be without it. The parameter itself, and plain
+    states, are what fp32 makes of it.
+
     ``name`` is what ``state=`` and state dicts call it; ``block`` is the elements per scale, 0 for plain formats.
 
     Two more are optional: ``for_extent(extent)`` gives the format for parameters of some shape, where it is another;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, cast
 
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from memopt import kernels
 from memopt.kernels import Codec, Quantized, State, Update, dequantize_blockwise, get_codec, quantize_blockwise
+from memopt.kernels import math as km
 from memopt.kernels.strided import cut
 from memopt.optim.formats.base import Blockwise, Join, StateFormat, Stored, alone
 from memopt.optim.layout import Extent
 
+_LARGEST = torch.finfo(torch.float32).max
 PIECE = 1 << 16  # elements handled at once; temporaries of fp32 values, of scales and of quotients, under 1 MiB
 
 
@@ -181,6 +183,8 @@ class RankOne:
         fresh = {j: [_emptied(state) for state in states[j]] for j in written}
         maxima = _only_states(update, tuple(written))
         plain = [None if j in kept else codec for j, codec in enumerate(codecs)]
+        coded = tuple(j for j, codec in enumerate(codecs) if writes[j] and (j in kept or codec is not None))
+        update = _spoiled_together(update, coded) if len(coded) > 1 else update
 
         def run(rule: Update, i: int, first: int, last: int) -> tuple[list[Tensor], dict[str, Tensor]]:
             """The new values of what is written, and the reductions."""
@@ -196,7 +200,10 @@ class RankOne:
                 offsets=[offsets[i] + first * math.prod(params[i].shape[1:])],
                 **common,
             )
-            return [cast(Tensor, operands[j]) for j in written], sums
+            news = [cast(Tensor, operands[j]) for j in written]
+            for new in news:  # an element that is not finite raises no maximum and starts anew
+                new.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            return news, sums
 
         for i in range(len(params) if written else 0):
             for first, last in fresh[written[0]][i].pieces():
@@ -227,6 +234,20 @@ def _rows(state: Tensor | Quantized | Factored, first: int, last: int) -> Tensor
     if isinstance(state, Factored):
         return state.decode(first, last)
     return cut(state, state.codec, first, last) if isinstance(state, Quantized) else state[first:last]
+
+
+@lru_cache(maxsize=64)
+def _spoiled_together(update: Update, coded: tuple[int, ...]) -> Update:
+    """The same rule, with NaN for all of an element's encoded states where one of them is not finite: the pass that
+    sees them as plain tensors restarts the same elements as the kernel that encodes the others."""
+
+    def fn(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, ...]:
+        new_p, new, *sums = update.fn(p, g, states, s)
+        finite = [km.abs(new[j]) <= _LARGEST for j in coded]
+        sound = reduce(lambda a, b: a & b, finite)
+        return new_p, tuple(km.where(sound, x, math.nan) if j in coded else x for j, x in enumerate(new)), *sums
+
+    return replace(update, name=f"{update.name}_together", fn=fn)
 
 
 @lru_cache(maxsize=64)
