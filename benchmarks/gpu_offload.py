@@ -1,11 +1,13 @@
 """The longest sequence at which an 8-billion-parameter Llama trains on one GPU, by what is done with activations.
 
-python -m benchmarks.gpu_offload [--dry-run] [--gib 78] [--layers 32] [--out FOLDER]
+python -m benchmarks.gpu_offload [--dry-run] [--gib 78] [--layers 32] [--arena]
 
 All parameters are trained, in bfloat16 with 4-bit AdamW states updated inside backward, batch 1, weights at random.
 Compared: plain, every layer checkpointed, checkpointed with its input on the host (``save_on_cpu``), and a memopt plan.
 Sequences double until a step does not fit, then the last gap is halved twice. One JSON and one Markdown file are
 written. ``--dry-run`` walks the same code on the CPU, with a model of two tiny layers and lengths of 16 and 32.
+``--arena`` trains with every layer checkpointed at 4096 tokens in a ``memopt.offload.Arena`` instead, and compares the
+memory reserved with the arena's plan.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memopt
 from benchmarks.results import save
-from memopt.offload import SwapError
+from memopt.offload import Arena, SwapError
 from memopt.optim import make, release_gradients
 from memopt.planner import plan, trace
 
@@ -121,6 +123,21 @@ def longest(fits: Callable[[int], dict[str, Any] | None], start: int, most: int)
     return best
 
 
+def arena_report(layers: int) -> None:
+    """Prints, for each step, what the arena has planned and reserved; lasting memory is parameters and states."""
+    arena = Arena()  # before anything is on the GPU
+    model = Loss(llama(layers, False, "cuda"))
+    release_gradients(make("adamw4bit", model.parameters(), lr=1e-5))
+    wrapped(model, False)
+    tokens = torch.randint(64, (1, 4096), device="cuda")
+    for step in range(6):
+        with arena.step():
+            spent = seconds(model, tokens, 1)
+        planned_gib, reserved_gib = arena.planned_bytes / 2**30, arena.reserved_bytes / 2**30
+        print(f"step {step}: {spent:.2f} s, planned {planned_gib:.3f} GiB, reserved {reserved_gib:.3f} GiB", end=", ")
+        print(f"so {reserved_gib - planned_gib:.3f} GiB outlive the step, {arena.misses} misses", flush=True)
+
+
 def main() -> int:
     """Search, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,10 +147,14 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--arena", action="store_true", help="reserved against planned memory, in an arena")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         print("no GPU found; use --dry-run to walk through on the CPU", file=sys.stderr)
         return 1
+    if options.arena and not options.dry_run:
+        arena_report(options.layers)
+        return 0
     device = "cpu" if options.dry_run else "cuda"
     total = 2**28 if options.dry_run else int(torch.cuda.get_device_properties(0).total_memory * 0.95)
     budget = int(options.gib * 2**30) or total

@@ -71,7 +71,7 @@ class Meter:
     def __enter__(self) -> Meter:
         if self._profile is not None:
             raise ValueError("this meter has measured already; make a new one with memopt.meter()")
-        if torch.cuda.is_available():
+        if _has_statistics():
             torch.cuda.reset_peak_memory_stats()
         models, optimizers = self._models, self._optimizers
         if models is None or optimizers is None:
@@ -103,7 +103,7 @@ class Meter:
         self.peak_bytes = self._profile.peak_bytes
         self.by_category = {c.value: size for c, size in self._profile.at(self._profile.peak_index).items()}
         self.peak_resident_bytes = _peak_resident_bytes()
-        if torch.cuda.is_available():
+        if _has_statistics():
             self.allocator = {
                 "allocated_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_bytes": torch.cuda.max_memory_reserved(),
@@ -154,6 +154,11 @@ def meter(
         TypeError: ``model`` or ``optimizer`` is of another type.
     """
     return Meter(model, optimizer, device)
+
+
+def _has_statistics() -> bool:
+    """Whether CUDA's allocator counts; a pluggable one, such as that of ``memopt.offload.Arena``, refuses to."""
+    return torch.cuda.is_available() and torch.cuda.get_allocator_backend() != "pluggable"
 
 
 def _peak_resident_bytes() -> int:

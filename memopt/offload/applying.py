@@ -89,7 +89,7 @@ class Handle:
 
     @staticmethod
     def _meter(start: bool) -> int | None:
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or torch.cuda.get_allocator_backend() == "pluggable":  # such as an Arena
             return None
         if start:
             torch.cuda.reset_peak_memory_stats()
