@@ -16,6 +16,7 @@ from memopt.offload.checking import whole_actions
 from memopt.offload.cones import Needs, needs_of
 from memopt.offload.handles import Dropped, Kept, Leaving, Piece, Stored
 from memopt.offload.origin import Origin
+from memopt.offload.partitioned import ByParameter, SavedParameter
 from memopt.offload.recording import Recorder
 from memopt.offload.session import Sessions
 from memopt.offload.template import Kind, Template
@@ -88,11 +89,13 @@ class Policy:
         feeding = {index for index in range(len(template.saved)) if self.saver(index).exact} - dropped
         needs = needs_of(template, dropped, feeding)
         savers = []
-        for pack in template.packs:
+        for number, pack in enumerate(template.packs):
             made = pack.saved >= 0 and template.kinds[template.saved[pack.saved]] is Kind.MADE
             if pack.input >= 0:
                 given = self.input_saver(pack.input)
                 savers.append(given if given.passive else Given(given))
+            elif number in template.owners:
+                savers.append(ByParameter(template.owners[number], self._keep))
             else:
                 savers.append(self.saver(pack.saved) if made else self._keep)
         return Compiled(template, needs, tuple(savers), tuple(pack.saved for pack in template.packs))
@@ -178,6 +181,8 @@ class Call:
         try:
             if template.packs[-1].input >= 0:
                 return self.policy.input_saver(template.packs[-1].input).save_input(self, tensor)
+            if number in template.owners:
+                return SavedParameter(tensor, template.owners[number], self.where)
             if index < 0 or template.kinds[template.saved[index]] is not Kind.MADE:
                 return Kept(tensor, self.where)
             return self.policy.saver(index).save(self, number, tensor)

@@ -38,22 +38,7 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
             )
         if type(module).__module__.startswith("torch.jit"):
             raise UnsupportedBlockError(f"block {where!r} is a TorchScript module, whose code cannot be replayed")
-    refuse_partitioned(block, path)
     return block
-
-
-def refuse_partitioned(block: nn.Module, path: str) -> None:
-    """Refuse parameters that DeepSpeed has partitioned.
-
-    Raises:
-        UnsupportedBlockError: they have; hooks inside the block put other storages under them in each call.
-    """
-    if any(hasattr(parameter, "ds_id") for parameter in block.parameters()):
-        raise UnsupportedBlockError(
-            f"block {path!r} has parameters that DeepSpeed ZeRO-3 partitions and gathers inside the block, so that "
-            "what it saves cannot be told from its weights; use ZeRO stage 1 or 2, or FSDP2 (fully_shard on each "
-            "block), or leave the block out of the plan"
-        )
 
 
 def check_actions(plan: BlockPlan) -> None:
@@ -112,8 +97,14 @@ def check_call(plan: BlockPlan, template: Template, first: bool) -> None:
         if plan.signature and plan.signature != template.signature:
             raise PlanMismatchError(
                 f"{where}: its operations ({len(template.ops)}, signature {template.signature}) are not those that "
-                f"the plan was made for (signature {plan.signature}); plan again with the inputs, shapes, dtype and "
-                "training mode that you train with"
+                f"the plan was made for (signature {plan.signature}); "
+                + (
+                    "make the plan before any engine is made, with the shapes, dtype and training mode that you "
+                    'train with, and set "memory_efficient_linear": false in DeepSpeed\'s "zero_optimization": it puts '
+                    "other operations into linear layers"
+                    if template.owners
+                    else "plan again with the inputs, shapes, dtype and training mode that you train with"
+                )
             )
     written = [s for s in template.mutated_outside if template.kinds[s] is Kind.PARAMETER]
     if written and any(action.action is Action.RECOMPUTE for action in plan.actions):

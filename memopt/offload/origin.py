@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memopt.offload.ambient import Autocast, Generators, autocast_state
 from memopt.offload.arguments import Arguments
 from memopt.offload.handles import changed_in_place
+from memopt.offload.partitioned import Partitioned
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Origin:
     Attributes:
         arguments: the inputs themselves, held until nothing is left to recompute.
         copies: outside storages as they were before the call overwrote them, by storage number.
+        partitioned: the parameters among the block's that DeepSpeed partitions.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class Origin:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         counts: Counts,
+        partitioned: tuple[Partitioned, ...] = (),
     ) -> None:
-        self.counts = counts
+        self.counts, self.partitioned = counts, partitioned
         self.block, self.parameters, self.where, self.forward = block, parameters, where, forward
         self.arguments = Arguments(args, kwargs)
         self.training = block.training

@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memopt.offload.ambient import autocast, random_states
 from memopt.offload.calls import Call, Compiled, Policy, unpack
-from memopt.offload.checking import check_call, refuse_partitioned
+from memopt.offload.checking import check_call
 from memopt.offload.origin import Origin
+from memopt.offload.partitioned import Partitioned, hooks_unrecorded, is_partitioned, partitioned_parameters
 from memopt.offload.recording import Recorder, copy_of_storage
 from memopt.offload.replaying import replaying
 from memopt.offload.template import Kind, Template
@@ -43,7 +44,8 @@ class PlannedForward:
         self.own: Callable[..., Any] = block.forward
         self.was_attribute = "forward" in block.__dict__
         self.calls = 0
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: list[nn.Parameter] = list(block.parameters())
+        self._partitioned: tuple[Partitioned, ...] = ()
         # Around the block torch.compile may do as it likes; in here everything must run as it is written.
         self._eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         self._variants: list[dict[Any, tuple[Compiled, Policy]]] = [{} for _ in plans]
@@ -66,7 +68,9 @@ class PlannedForward:
         if planned is None:
             return self.own(*args, **kwargs)
         variants = self._variants[number]
-        key = (self.block.training, *_shapes(args), *(_shapes(kwargs.values()) if kwargs else ()))
+        # DeepSpeed may partition the parameters after the plan has been applied.
+        sharded = bool(self._parameters) and is_partitioned(self._parameters[0])
+        key = (self.block.training, sharded, *_shapes(args), *(_shapes(kwargs.values()) if kwargs else ()))
         known = variants.get(key)
         if known is None:
             return self._first(number, key, planned, args, kwargs)
@@ -85,7 +89,7 @@ class PlannedForward:
 
     def _origin(self, number: int, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin:
         """What a replay of a call that begins now would start from."""
-        origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
+        origin = self._started(number, args, kwargs)
         needs, template = compiled.needs, compiled.template
         origin.arguments.forget(*template.arguments)
         if needs.random:
@@ -99,13 +103,17 @@ class PlannedForward:
                 origin.copies[storage] = copy_of_storage(tensor)
         return origin
 
+    def _started(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin:
+        where, counts = self._where(number), self.handle.counts
+        return Origin(self.block, self._parameters, where, self.own, args, kwargs, counts, self._partitioned)
+
     def _first(
         self, number: int, key: Any, planned: tuple[BlockPlan, Policy], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The first call of a kind: recorded while it runs, and checked against the plan."""
         plan, policy = planned
         try:
-            refuse_partitioned(self.block, self.path)
+            self._partitioned = partitioned_parameters(self.block, self.path, self.handle.model)
         except ValueError:
             self.handle.remove()
             raise
@@ -113,10 +121,11 @@ class PlannedForward:
         first = self._templates[number]
         # A later kind of call keeps everything once; until it has been seen, the plan's indices mean nothing for it.
         used = policy if first is None else Policy({}, {}, policy.tier)
-        origin = Origin(self.block, self._parameters, self._where(number), self.own, args, kwargs, self.handle.counts)
+        origin = self._started(number, args, kwargs)
         call = Call(origin.where, origin, used, None)
-        recorder = call.recorder = Recorder(self._known(origin), keep_copies=used.recomputes)
-        with call, autocast(origin.autocast), saved_tensors_hooks(call.pack, unpack), recorder:
+        recorder = call.recorder = Recorder(self._known(origin), used.recomputes, self._partitioned)
+        saving = saved_tensors_hooks(call.pack, unpack)
+        with call, autocast(origin.autocast), saving, recorder, hooks_unrecorded(self.block, recorder):
             output = self.own(*args, **kwargs)
         recorder.template.arguments = len(origin.arguments.held), origin.arguments.read(recorder.touched)
         template = recorder.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memopt.offload.template import Kind, Layout, OpTemplate, Output, Pack, Template, Value
 from memopt.offload.trees import operands, operands_and_constants
 from memopt.planner.signature import Entry, block_signature, describe
+
+if TYPE_CHECKING:
+    from memopt.offload.partitioned import Partitioned
 
 # Batch norms that change the running statistics without saying so in their schema: positions of those arguments.
 _SILENT_WRITES = {
@@ -79,11 +82,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         known: storages that are parameters, buffers or inputs: (tensor, kind, name) each.
         keep_copies: copy every outside storage before the block overwrites it, for a replay to start from.
+        partitioned: the block's parameters whose storages come and go.
     """
 
-    def __init__(self, known: Iterable[tuple[Tensor, Kind, Any]], keep_copies: bool) -> None:
+    def __init__(
+        self, known: Iterable[tuple[Tensor, Kind, Any]], keep_copies: bool, partitioned: tuple[Partitioned, ...] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.template = Template()
+        self.partitioned = partitioned
         self.paused = False
         self.copies: dict[int, Tensor] = {}
         self._keep_copies = keep_copies
@@ -132,6 +139,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             saved = _place(self.template.saved, value[0])
         elif kind is Kind.INPUT:
             given = _place(self.template.saved_inputs, value[0])
+        elif kind is Kind.PARAMETER:
+            owner = next((one for one in self.partitioned if one.holds(tensor)), None)
+            if owner is not None:
+                self.template.owners[len(self.template.packs)] = owner
         self.template.packs.append(Pack(value, saved, given))
         if value in self._unwritten:
             self.template.opaque = self.template.opaque or "a kernel that writes behind PyTorch's back"

@@ -18,6 +18,7 @@ from memopt.offload.draws import Draws
 from memopt.offload.errors import ReplayError
 from memopt.offload.handles import Dropped, Kept, Piece
 from memopt.offload.origin import Origin
+from memopt.offload.partitioned import stand_ins_for_parameters
 from memopt.offload.replaying import Reached, Replayer, Seen
 from memopt.offload.tape import Chain, Tape
 from memopt.offload.template import Kind, Layout, Template
@@ -147,13 +148,15 @@ class Sessions:
         args, kwargs = self._arguments(replayer)
         with attributes_restored(origin.block, origin.training), autocast(origin.autocast), torch.enable_grad():
             self._swap_buffers(replayer)
+            if origin.partitioned:
+                self._swap_parameters(replayer)
             with replayer, saved_tensors_hooks(replayer.pack, _never), contextlib.suppress(Reached):
                 origin.forward(*args, **kwargs)
         return replayer.eager
 
     def _outside(self) -> list[Tensor]:
         block, held = self.origin.block, self.origin.arguments.held
-        return [*(h for h in held if isinstance(h, Tensor)), *block.parameters(), *block.buffers()]
+        return [*(h for h in held if isinstance(h, Tensor)), *self.origin.parameters, *block.buffers()]
 
     def _chain(self, storage: int, physical: Tensor) -> Chain:
         """The chain of a storage that the call overwrote: its copy from before, and what it holds now."""
@@ -200,6 +203,15 @@ class Sessions:
                 buffer = module._buffers[name]
                 assert buffer is not None
                 module._buffers[name] = replayer.input_over(Layout.of(buffer), self._chain(storage, buffer), False)
+
+    def _swap_parameters(self, replayer: Replayer) -> None:
+        """Stand-ins for the parameters that are not whole, or may not be by the time an operation needs them."""
+        stand_ins = {}
+        for one in self.origin.partitioned:
+            chain = Chain()
+            chain.loaders[0] = one.gathered
+            stand_ins[id(one.parameter)] = replayer.input_over(one.layout, chain, one.parameter.requires_grad)
+        stand_ins_for_parameters(self.origin.block, stand_ins)
 
 
 def _never(value: Any) -> Tensor:

@@ -10,9 +10,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from memopt.offload.partitioned import Partitioned
 
 Value = tuple[int, int]
 
@@ -99,6 +102,7 @@ class Template:
             buffers and the block's inputs; ``saved_inputs`` the same for its inputs.
         arguments: how many tensors the arguments held, and the places of those that the call read.
         versions: how often each storage was written.
+        owners: saved tensors that lie over a partitioned parameter, and which.
         outside_names: for storages that are buffers or inputs, where they hang: ("buffer", path) or ("input", n).
         opaque: a reason why values cannot be told apart; the block is then replayed as a whole.
         generators: the random generators that the block draws from.
@@ -116,6 +120,7 @@ class Template:
     opaque: str | None = None
     generators: tuple[torch.Generator, ...] = ()
     signature: str = ""
+    owners: dict[int, Partitioned] = field(default_factory=dict)
 
     def births(self) -> dict[int, tuple[int, int]]:
         """For each storage made in the call: the operation that makes it, and which of its outputs it is."""

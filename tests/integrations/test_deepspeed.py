@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from memopt.offload import UnsupportedBlockError, apply
+from memopt.offload import apply
 from memopt.optim import AdamW
 from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.distributed.ranks import run_ranks
@@ -37,7 +37,7 @@ def engine(stage: int, state: str, model: nn.Module | None = None) -> tuple[Any,
     optimizer = AdamW(model.parameters(), lr=1e-3, state=state)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": deepspeed_text.SHARDED | {"stage": stage},
         "zero_allow_untested_optimizer": True,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0], optimizer
@@ -68,22 +68,16 @@ def plan_of() -> Any:
     return SimpleNamespace(blocks=blocks, swap_tier="disk")
 
 
-def under_a_plan(stage: int, plan: Any, early: bool) -> Any:
-    """The losses of the first steps and how often blocks were replayed, or why the plan is refused."""
+def under_a_plan(stage: int, plan: Any, early: bool) -> tuple[list[float], int, int]:
+    """The losses of the first steps, and how often blocks were replayed, and replayed in whole."""
     if early:  # before DeepSpeed has seen the model
         _, model = made("plain")
         handle = apply(model, plan)
         module = engine(stage, "fp32", model)[0]
     else:
         module, _ = engine(stage, "fp32")
-        try:
-            handle = apply(module.module, plan)
-        except UnsupportedBlockError as error:
-            return str(error)
-    try:
-        losses = train(module, range(SAVED))
-    except UnsupportedBlockError as error:
-        return str(error)
+        handle = apply(module.module, plan)
+    losses = train(module, range(SAVED))
     handle.remove()
     return losses, handle.counts.replays, handle.counts.whole
 
@@ -92,7 +86,8 @@ def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[
     """All cases in one pair of processes: DeepSpeed takes seconds to import and keeps its process groups."""
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    results = {}
+    results: dict[Any, Any] = {}
+    linear = nn.functional.linear
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own
         plan = plan_of()
@@ -109,6 +104,7 @@ def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[
             results[stage, "resumed"] = train(again, range(SAVED, STEPS))
             results[stage, "plan"] = under_a_plan(stage, plan, early=False)
         results[3, "early plan"] = under_a_plan(3, plan, early=True)
+        results[3, "planned text"] = deepspeed_text.planned(rank, linear)
         results[3, "text"] = deepspeed_text.zero_3(rank, folder)
         deepspeed_text.example(folder)
     return results
@@ -157,6 +153,25 @@ def test_8bit_states_follow_and_are_small(results: Any, stage: int) -> None:
 def test_checkpoints_resume_bitwise(results: Any, stage: int) -> None:
     for got in results:
         assert got[stage, "resumed"] == got[stage, "8bit"]["losses"][SAVED:]
+
+
+@pytest.mark.parametrize(("stage", "when"), [(1, "plan"), (2, "plan"), (3, "plan"), (3, "early plan")])
+def test_losses_under_a_plan_are_bitwise_those_without(results: Any, stage: int, when: str) -> None:
+    for got in results:
+        losses, replays, whole = got[stage, when]
+        assert losses == got[stage, "fp32"]["losses"][:SAVED]
+        assert replays > 0
+        assert whole == 0
+
+
+def test_zero_3_under_a_plan_from_memopt_is_bitwise_and_holds_less(results: Any) -> None:
+    for got in results:
+        plain, plan = got[3, "planned text"]["plain"], got[3, "planned text"]["plan"]
+        assert plan["losses"] == plain["losses"]
+        assert all(map(torch.equal, plan["parameters"], plain["parameters"]))
+        assert plan["replays"] > 0
+        assert not plan["whole"]
+        assert plan["activations"] < 0.8 * plain["activations"]
 
 
 def test_zero_3_on_real_text_has_the_loss_of_plain_pytorch(results: Any) -> None:

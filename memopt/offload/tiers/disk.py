@@ -85,8 +85,9 @@ class DiskTier(Tier):
             raise ValueError(
                 f"swap folder {folder} cannot be used ({error.strerror}); give an existing, writable folder"
             ) from error
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(name)
+        # Another process may have taken it for a leftover before it was locked: no harm, it was to be unlinked anyway.
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        Path(name).unlink(missing_ok=True)
         self._free: list[tuple[int, int]] = []
         self._end = 0
 
