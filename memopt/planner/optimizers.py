@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memopt.planner.faking import Faker
 from memopt.planner.named_optimizers import NamedOptimizer
 from memopt.planner.recorder import Recorder
 from memopt.planner.records import tensors_in
+
+
+class _WithoutKernels:
+    """What memopt's optimizers update at once, with everything but the fused step: temporaries beside it are made."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batch, name)
+
+    def each(self) -> Iterator[_WithoutKernels]:
+        return map(_WithoutKernels, self._batch.each())
+
+    def run(self, update: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Only the sums that the kernel returns: it works in place."""
+        return {name: torch.ones(len(self._batch.slots)) for name in update.reductions}
 
 
 def settled_twin(faker: Faker, optimizer: Optimizer, cuda: bool) -> Optimizer:
@@ -23,8 +42,11 @@ def settled_twin(faker: Faker, optimizer: Optimizer, cuda: bool) -> Optimizer:
     for group in twin.param_groups:
         if cuda and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
-    if callable(getattr(twin, "update", None)):  # memopt's own: kernels do the arithmetic, the class only keeps state
-        twin.__dict__["update"] = lambda batch: None
+    update = getattr(twin, "update", None)
+    if callable(update):  # memopt's own: kernels, which fakes cannot enter, do the arithmetic and allocate nothing
+        sharded = any(hasattr(p, "placements") for group in twin.param_groups for p in group["params"])
+        whole = sharded or getattr(twin, "elementwise", True)
+        twin.__dict__["update"] = (lambda batch: None) if whole else (lambda batch: update(_WithoutKernels(batch)))
     trained = [p for group in twin.param_groups for p in group["params"] if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import memopt
-from memopt.optim import AdamW8bit, release_gradients
+from memopt.optim import AdamW8bit, make, release_gradients
 from memopt.planner import Trace, trace
 from tests.planner import nets
 
@@ -98,6 +98,16 @@ def test_traced_and_metered_peaks_agree(case: str, optimizer_name: str) -> None:
     assert sum(at_peak(traced).values()) == traced.peak_bytes
     for name, size in found.by_category.items():
         assert at_peak(traced).get(name, 0) == pytest.approx(size, rel=0.02, abs=0.01 * found.peak_bytes), name
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon8bit", "adammini", "lamb"])
+def test_what_a_step_makes_beside_its_kernel_is_traced(name: str) -> None:
+    torch.manual_seed(0)
+    model, tokens = nets.GPT(layers=1, width=256), TOKENS[:1, :8]  # the step is the peak
+    optimizer = make(name, model.named_parameters())
+    traced = trace(model, (tokens, tokens), None, optimizer)
+    found = metered(model, (tokens, tokens), None, optimizer)
+    assert traced.peak_bytes == pytest.approx(found.peak_bytes, rel=0.02)
 
 
 def test_a_trace_with_state_equals_one_without() -> None:
