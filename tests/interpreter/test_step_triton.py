@@ -9,10 +9,14 @@ import torch
 
 from memopt.kernels import Quantized, codec_names, dequantize_blockwise, get_codec, step
 from tests.kernels.step_cases import (
+    ADAMW,
     EVERYTHING,
     ODD_SHAPES,
+    SCALARS,
+    SIGN,
     SUMMING,
     Kind,
+    codec_of,
     neighbours_differ,
     requantized,
     run_adamw,
@@ -94,6 +98,30 @@ def test_special_values(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv("MEMOPT_KERNELS", backend)
             decoded.append(dequantize_blockwise(requantized(x, name)))
         torch.testing.assert_close(decoded[1], decoded[0], rtol=1e-6, atol=3e-45, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_elements_that_are_not_finite_start_anew_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, scales and values follow the oracle; no scale is spoiled. The sign of NaN is 0, as torch's."""
+    g = torch.randn(2, 1111) * torch.tensor([1.0, 1e-30])[:, None]
+    g[:, [5, 400, 800, 1100]] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38])
+    for kinds in (("sq127", "root4"), ("sq15", F32)):
+        outcomes = []
+        for backend in ("torch", "triton"):
+            monkeypatch.setenv("MEMOPT_KERNELS", backend)
+            p, states = torch.ones(2, 1111), [[zeros((2, 1111), kind)] for kind in kinds]
+            step(ADAMW, [p], [g], states, [codec_of(k) for k in kinds], SCALARS, seed=7)
+            signs = torch.ones(2, 1111)
+            step(SIGN, [signs], [g], [[torch.zeros(2, 1111)]], [None], {})
+            assert torch.equal(signs, torch.sign(g))
+            outcomes.append((p, states))
+        (p, states), (ours, our_states) = outcomes
+        torch.testing.assert_close(ours, p, rtol=4e-6, atol=1e-6, equal_nan=True)
+        for (a,), (b,) in zip(states, our_states, strict=True):
+            if isinstance(a, Quantized) and isinstance(b, Quantized):
+                assert a.scales.isfinite().all()
+                torch.testing.assert_close(b.scales, a.scales, rtol=1e-6, atol=0)
+                assert neighbours_differ(a, b) <= 0.004
 
 
 def test_every_function_and_reductions(monkeypatch: pytest.MonkeyPatch) -> None:

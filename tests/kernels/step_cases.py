@@ -38,6 +38,7 @@ def _everything(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, t
 
 ADAMW = Update("adamw", (State("m"), State("v", signed=False)), tuple(SCALARS), _adamw)
 SUMMING = Update("summing", (State("m"),), ("beta1",), _summing, reductions=("squares", "moments"))
+SIGN = Update("signs", (State("unused"),), (), lambda p, g, states, s: (km.sign(g), states))
 EVERYTHING = Update("everything", (State("unused"),), ("lr", "eps"), _everything)
 ODD_SHAPES = [(5, 300), (7,), (0,), (), (3, 700), (2, 3, 5), (1000,), (4, 0), (33, 256), (3, 1023), (257,), (2, 511)]
 

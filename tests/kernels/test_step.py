@@ -14,6 +14,7 @@ from tests.kernels.step_cases import (
     EVERYTHING,
     ODD_SHAPES,
     SCALARS,
+    SIGN,
     SUMMING,
     Kind,
     codec_of,
@@ -169,6 +170,14 @@ def test_every_function_of_a_rule() -> None:
     truth = EVERYTHING.fn(p0.double(), g.double(), (unused.double(),), scalars)[0]
     torch.testing.assert_close(p.double(), truth, rtol=2e-6, atol=2e-6)
     assert unused._version == version  # a state that the rule returns as it was is not written
+
+
+@pytest.mark.usefixtures("_backend")
+def test_signs_are_torchs() -> None:
+    g = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 0.0, -0.0, 3.0] * 5)
+    p = torch.ones(40)
+    step(SIGN, [p], [g], [[torch.zeros(40)]], [None], {})
+    assert torch.equal(p, torch.sign(g))
 
 
 @pytest.mark.usefixtures("_backend")

@@ -145,16 +145,17 @@ def test_nonfinite_gradients_can_skip_the_step() -> None:
     assert_same_state(optimizer, state)
 
 
-def test_nan_reaches_no_other_block() -> None:
+@pytest.mark.parametrize("state", ["8bit", "4bit"])
+def test_nan_reaches_no_other_element(state: str) -> None:
     (param,) = parameters([(4, 1024)])
     (clean,) = parameters([(4, 1024)])
-    ours, reference = AdamW8bit([param]), AdamW8bit([clean])
-    for optimizer, bad in ((ours, True), (reference, False)):
+    ours, reference = AdamW([param], state=state), AdamW([clean], state=state)
+    for optimizer, bad in ((ours, torch.nan), (reference, 0.0)):
         (p,) = optimizer.param_groups[0]["params"]
-        gradients([p], 0)
-        if bad:
-            p.grad[1, 300] = torch.nan
-        optimizer.step()
+        for step in range(3):
+            gradients([p], step)
+            p.grad[1, 300] = 0.0 if step else bad
+            optimizer.step()
     same = torch.ones_like(param, dtype=torch.bool)
     same[1, 300] = False
     assert torch.equal(param[same], clean[same])
