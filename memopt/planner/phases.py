@@ -71,7 +71,7 @@ class PhaseWatcher:
         """Stops watching and takes every hook away."""
         for handle in self._handles:
             handle.remove()
-            # torch (2.13) leaves the mark of a hook that takes keywords behind, and warns of hooks in torch.compile then.
+            # torch 2.13 leaves the mark of a hook that takes keywords behind, and warns of it in torch.compile.
             getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
         self._handles = []
 

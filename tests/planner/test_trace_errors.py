@@ -83,6 +83,12 @@ def test_a_trained_model_is_not_touched() -> None:
     assert str(after) == str(state)
 
 
+def test_no_hook_of_all_modules_stays() -> None:
+    """torch.compile warns as long as torch thinks that there is one."""
+    trace(nn.Linear(3, 3), (torch.zeros(2, 3),), lambda y: y.sum())
+    assert not torch.nn.modules.module._has_any_global_hook()
+
+
 def test_a_failing_module_is_named_with_its_shapes() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(5, 4)))
     with pytest.raises(TraceError, match=r"module '1\.1' called with \(\(2, 4\) float32\)"):
