@@ -26,7 +26,7 @@ $(TEST_READY): $(PINS) | $(BIN)/python
 demo: $(DEMO_READY)  ## train the same GPT with torch and with memopt, and compare
 	$(BIN)/python -m examples.train_gpt --html demo.html
 
-test: lint types unit interpreter  ## everything CI checks
+test: lint types unit interpreter  ## lint, types and tests; CI adds docs, sanitize and package
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
@@ -36,19 +36,21 @@ types: $(TEST_READY)
 	$(BIN)/mypy
 
 unit: $(TEST_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+	    --ignore tests/interpreter --ignore tests/faults/test_sanitizers.py --ignore tests/integrations/test_docs.py
 
 interpreter: $(TEST_READY)  # Triton compiles or interprets, never both in one process
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreter
 
-docs: $(TEST_READY)  ## build the documentation into site/; a warning is an error
+docs: $(TEST_READY)  ## build the documentation into site/ and run every block and command in it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/integrations/test_docs.py
 
 targets: $(TEST_READY)  ## registers, spills and shared memory of every Triton kernel on four GPUs
 	$(BIN)/python -m benchmarks.kernels --targets
 
-sanitize: $(TEST_READY)  ## every native kernel under the compiler's sanitizers
-	MEMOPT_SANITIZE=all $(BIN)/python -m pytest tests/faults/test_sanitizers.py
+sanitize: $(TEST_READY)  ## native kernels under the compiler's sanitizers; MEMOPT_SANITIZE=all takes every one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/faults/test_sanitizers.py
 
 fuzz: $(TEST_READY)  ## an hour of fuzzing of every file format that memopt reads
 	$(BIN)/python -m tests.faults.fuzzing all 3600
