@@ -104,7 +104,7 @@ def test_the_metered_peak_of_each_rank_is_under_the_budget(results: list[dict[st
 def test_the_meter_sees_memory_that_a_living_storage_gives_back() -> None:
     """FSDP2 frees gathered parameters by resizing their storages to nothing."""
     kept = torch.empty(1000)
-    with memopt.meter() as meter:
+    with memopt.meter(model=[], optimizer=[]) as meter:
         kept.add_(1)
         kept.untyped_storage().resize_(0)
         torch.empty(500).add_(1)
