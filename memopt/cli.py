@@ -218,7 +218,7 @@ def plan_command(
     from memopt.plan_command import Asked, answer, write_reports
     from memopt.planner import Degrees, parse_bytes
     from memopt.planner import hardware as find_hardware
-    from memopt.planner.named_optimizers import check_name
+    from memopt.planner.tracing import check_name
     from memopt.report import terminal
 
     device = find_hardware(hardware)

@@ -4,7 +4,7 @@
         loss = model(tokens).mean(); loss.backward(); optimizer.step(); optimizer.zero_grad()
     m.peak_bytes, m.by_category, m.timeline
 
-The storages of tensors are followed by a dispatch mode (``memopt.planner.tracker``), so that the figure is the same
+The storages of tensors are followed by a dispatch mode (``memopt.planner.tracking``), so that the figure is the same
 quantity that ``memopt.trace`` predicts; on CUDA the allocator's own statistics stand beside it. Cost: some 10 to 20
 microseconds per operation, one walk over Python's objects at the start (about 0.1 s), no tensor copied or kept alive.
 """
@@ -23,8 +23,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memopt.planner.categories import Profile, profile, settle
-from memopt.planner.tracker import StorageTracker
+from memopt.planner.tracking import Profile, StorageTracker, profile, settle
 from memopt.planner.values import Category
 
 

@@ -65,7 +65,7 @@ def answer(asked: Asked, say: Say) -> Answer:
 
 def _traced(asked: Asked, batch: int, seq: int | None) -> Trace:
     from memopt.planner import find_model, shard, trace
-    from memopt.planner.changes import change
+    from memopt.planner.variants import change
 
     found = find_model(asked.model, batch=batch, tokens=seq, dtype=asked.dtype)
     on = "cpu" if asked.device.kind == "cpu" else "cuda"
@@ -78,7 +78,7 @@ def _traced(asked: Asked, batch: int, seq: int | None) -> Trace:
 
 def _planned(asked: Asked, step: Trace, say: Say) -> Answer:
     from memopt.planner import plan
-    from memopt.planner.fitting import cheapest, estimates
+    from memopt.planner.planning import cheapest, estimates
 
     say("deciding what to keep, swap and recompute")
     found = plan(step, asked.budget, asked.device)
@@ -93,7 +93,7 @@ def _planned(asked: Asked, step: Trace, say: Say) -> Answer:
 
 def _fitted(asked: Asked, step: Trace, say: Say) -> Answer:
     from memopt.planner import fit, plan
-    from memopt.planner.changes import change
+    from memopt.planner.variants import change
     from memopt.report import terminal
 
     say("estimating every combination of changes")
@@ -129,8 +129,8 @@ def write_reports(
     found: Answer, device: Hardware, html: Path | None, perfetto: Path | None, snapshot: Path | None, say: Say
 ) -> None:
     """Write the files that were asked for: both timelines, and where every allocation of the step lies."""
-    from memopt.planner.rates import rates_of
-    from memopt.planner.simulating import simulate
+    from memopt.planner.devices import rates_of
+    from memopt.planner.validation import simulate
     from memopt.report import Box, boxes_of, write_html, write_perfetto, write_snapshot
 
     plan, step = found.plan, found.trace

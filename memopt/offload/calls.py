@@ -21,7 +21,7 @@ from memopt.offload.recording import Recorder
 from memopt.offload.session import Sessions
 from memopt.offload.template import Kind, Template
 from memopt.offload.tiers import Tier
-from memopt.planner.restoring import restoring
+from memopt.planner.tracking import restoring
 from memopt.planner.values import Action, BlockPlan, StorageAction
 
 

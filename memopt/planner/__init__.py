@@ -1,20 +1,17 @@
-"""memopt.planner"""
+"""From a model to a plan: trace -> problem -> policy -> placement -> validation -> plan, a folder a stage."""
 
-from memopt.planner.devices import Hardware, HardwareError, hardware, hardware_names
-from memopt.planner.fitting import Combination, Fit, fit, largest_that_fits
-from memopt.planner.losses import TraceError
+from memopt.planner.devices import Hardware, HardwareError, hardware, hardware_names, probe
+from memopt.planner.models import FoundModel, ModelError, find_model, preset_names
 from memopt.planner.pipeline import ScheduleRow, schedule_table
 from memopt.planner.placement import Buffer, Placement, place
 from memopt.planner.plan_file import Plan, Timeline
-from memopt.planner.planning import plan
+from memopt.planner.planning import Combination, Fit, fit, largest_that_fits, plan
 from memopt.planner.policy import SolverError
-from memopt.planner.presets import FoundModel, ModelError, find_model, preset_names
-from memopt.planner.probing import probe
 from memopt.planner.sharding import Degrees, shard
 from memopt.planner.signature import block_signature, describe
-from memopt.planner.tracing import trace
+from memopt.planner.tracing import TraceError, trace
 from memopt.planner.units import BudgetError, format_bytes, parse_bytes
-from memopt.planner.validating import Validation, validate
+from memopt.planner.validation import Validation, validate
 from memopt.planner.values import (
     Action,
     Block,

@@ -15,7 +15,7 @@ from torch import nn
 
 from memopt.cli import main
 from memopt.planner import Plan
-from memopt.planner.reference_models import Decoder, DecoderConfig
+from memopt.planner.models.reference_models import Decoder, DecoderConfig
 
 
 def memopt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -180,7 +180,7 @@ def test_the_chunked_loss_is_predicted_and_measured_alike() -> None:
 
 
 def test_what_a_runtime_brings_back_is_an_activation() -> None:
-    from memopt.planner.restoring import restoring
+    from memopt.planner.tracking import restoring
 
     def unpack(shape: torch.Size) -> torch.Tensor:
         with restoring():

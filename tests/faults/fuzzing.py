@@ -40,8 +40,8 @@ def targets() -> dict[str, Target]:
     sys.modules["transformers"] = None  # type: ignore[assignment]  # memopt's own reader of configs, not transformers'
     from memopt.planner import Plan, find_model, hardware, plan
     from memopt.planner.devices import HardwareError
+    from memopt.planner.models import ModelError
     from memopt.planner.placement.csv_file import CsvError, read_csv
-    from memopt.planner.presets import ModelError
     from tests.planner.toy import CPU, transformer
 
     trace = transformer(1)

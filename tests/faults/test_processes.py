@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import memopt
 from memopt.kernels import dequantize_blockwise, quantize_blockwise
 from memopt.optim import AdamW8bit
-from memopt.planner.problem import Rates
+from memopt.planner.devices import Rates
 from tests.optim.training import parameters, run
 
 Result = TypeVar("Result")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from memopt.planner.pipeline import SCHEDULES, schedule_table
-from memopt.planner.pipeline_events import play_schedule
+from memopt.planner.pipeline import schedule_table
+from memopt.planner.pipeline.events import play_schedule
+from memopt.planner.pipeline.schedules import SCHEDULES
 
 SIZES = [(1, 1), (1, 4), (2, 4), (3, 5), (4, 4), (4, 8), (4, 16), (5, 3), (8, 8), (8, 32)]
 

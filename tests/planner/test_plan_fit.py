@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from memopt.planner import BudgetError, Status
-from memopt.planner.changes import chunked_loss, offload_state, one_block_at_a_time, release_gradients, state_bits
-from memopt.planner.fitting import estimates, fit, largest_that_fits
-from memopt.planner.planning import estimate
+from memopt.planner.planning import estimates, fit, largest_that_fits
+from memopt.planner.planning.deciding import estimate
 from memopt.planner.values import Category, Trace
+from memopt.planner.variants import chunked_loss, offload_state, one_block_at_a_time, release_gradients
+from memopt.planner.variants.changes import state_bits
 from tests.planner.toy import CPU, GPU, transformer
 
 

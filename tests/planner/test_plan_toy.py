@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from memopt.planner import Action, BlockPlan, BudgetError, Status, StorageAction, Trace, plan, validate
-from memopt.planner.problem import Rates
-from memopt.planner.simulating import simulate
+from memopt.planner.devices import Rates
+from memopt.planner.validation import simulate
 from tests.planner.toy import CPU, GPU, transformer
 
 

@@ -14,10 +14,10 @@ import pytest
 from memopt.planner import Action, SolverError, Status, Trace, plan
 from memopt.planner.baselines import BASELINES, baseline
 from memopt.planner.baselines.memo import alpha
-from memopt.planner.building import build
+from memopt.planner.devices import Rates
 from memopt.planner.policy import smallest_peak, solve
-from memopt.planner.problem import Problem, Rates
-from memopt.planner.simulating import simulate
+from memopt.planner.problem import Problem, build
+from memopt.planner.validation import simulate
 from tests.planner.toy import CPU, GPU, transformer
 
 EXACT = (Action.SWAP, Action.RECOMPUTE)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from memopt.planner import ModelError, find_model, preset_names, trace
-from memopt.planner.named_optimizers import NamedOptimizer
-from memopt.planner.reference_models import Decoder, DecoderConfig, VisionConfig, VisionTransformer
+from memopt.planner.models.reference_models import Decoder, DecoderConfig, VisionConfig, VisionTransformer
+from memopt.planner.tracing.named_optimizers import NamedOptimizer
 
 PRESETS = Path(__file__).parents[2] / "memopt" / "presets" / "models"
 TINY = DecoderConfig(layers=2, width=64, heads=4, kv_heads=2, mlp_width=96, vocabulary=100, context=32)
@@ -115,7 +115,7 @@ def write(folder: Path, values: Any) -> Path:
 @pytest.mark.parametrize("installed", [True, False], ids=["with transformers", "without"])
 def test_transformers_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     if not installed:
-        monkeypatch.setattr("memopt.planner.transformers_configs.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("memopt.planner.models.transformers_configs.importlib.util.find_spec", lambda name: None)
     path = write(tmp_path, LLAMA)
     parameters = []
     for place in (path, tmp_path):
@@ -131,7 +131,7 @@ def test_the_reference_of_gpt2_has_the_size_of_transformers(tmp_path: Path, monk
               "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     path = write(tmp_path, values)
     real = find_model(path).model
-    monkeypatch.setattr("memopt.planner.transformers_configs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("memopt.planner.models.transformers_configs.importlib.util.find_spec", lambda name: None)
     reference = find_model(path).model
     assert sum(p.numel() for p in reference.parameters()) == sum(p.numel() for p in real.parameters())
 
@@ -155,7 +155,7 @@ def test_bad_configurations_say_what_is_wrong(tmp_path: Path, values: Any, messa
 
 
 def test_without_transformers_fields_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memopt.planner.transformers_configs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("memopt.planner.models.transformers_configs.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="it has no intermediate_size"):
         find_model(write(tmp_path, {k: v for k, v in LLAMA.items() if k != "intermediate_size"}))
     with pytest.raises(ModelError, match="needs transformers"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memopt.planner import trace
-from memopt.planner.cuda_rules import workspace_bytes
+from memopt.planner.tracing.cuda_rules import workspace_bytes
 from tests.planner import nets
 
 TOKENS = torch.zeros(4, 64, dtype=torch.long)

@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from memopt.planner.categories import Profile, profile, settle
-from memopt.planner.records import register_scratch, rounded_bytes, scratch_bytes, tensors_in
-from memopt.planner.tracker import StorageTracker
+from memopt.planner.tracking import Profile, StorageTracker, profile, register_scratch, settle, tensors_in
+from memopt.planner.tracking.records import rounded_bytes, scratch_bytes
 from memopt.planner.values import Category, Phase
 from tests.planner.nets import GPT
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from memopt.planner.problem import Rates
+from memopt.planner.devices import Rates
 from memopt.planner.values import Block, Category, Op, Phase, SavedStorage, Storage, Trace
 
 CPU = Rates("toy-cpu", 1e9, 1e9, 1e8, 1e8, 10**12, "disk", overlap=False)

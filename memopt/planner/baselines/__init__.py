@@ -8,10 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from memopt.planner.rates import HardwareLike, rates_of
-from memopt.planner.simulated import Simulation
-from memopt.planner.simulating import simulate
+from memopt.planner.devices import HardwareLike, rates_of
 from memopt.planner.units import parse_bytes
+from memopt.planner.validation import Simulation, simulate
 from memopt.planner.values import BlockPlan, Trace
 
 __all__ = ["BASELINES", "baseline"]

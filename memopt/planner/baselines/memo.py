@@ -11,8 +11,8 @@ S_in counts the inputs that the layer saves and that no other layer needs.
 from __future__ import annotations
 
 from memopt.planner.baselines.whole_blocks import by_storage
-from memopt.planner.inputs import movable_inputs
-from memopt.planner.problem import Rates
+from memopt.planner.devices import Rates
+from memopt.planner.problem import movable_inputs
 from memopt.planner.values import Action, Block, BlockPlan, SavedStorage, Trace
 
 

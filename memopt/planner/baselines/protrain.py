@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 from memopt.planner.baselines.whole_blocks import by_storage
-from memopt.planner.problem import Rates
-from memopt.planner.simulating import simulate
+from memopt.planner.devices import Rates
+from memopt.planner.validation import simulate
 from memopt.planner.values import Action, BlockPlan, Trace
 
 

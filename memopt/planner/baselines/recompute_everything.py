@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memopt.planner.baselines.whole_blocks import by_storage
-from memopt.planner.problem import Rates
+from memopt.planner.devices import Rates
 from memopt.planner.values import Action, BlockPlan, Trace
 
 

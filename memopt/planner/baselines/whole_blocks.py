@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memopt.planner.inputs import movable_inputs
-from memopt.planner.replaying import replays
+from memopt.planner.problem import movable_inputs, replays
 from memopt.planner.values import Action, Block, BlockPlan, SavedStorage, StorageAction, Trace
 
 

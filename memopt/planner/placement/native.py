@@ -16,7 +16,7 @@ from memopt.planner.placement import skyline
 from memopt.planner.placement.instance import Part
 from memopt.planner.placement.skyline import Attempt, Score, Verdict
 
-_SOURCE = Path(__file__).parent.parent / "native" / "skyline.cpp"
+_SOURCE = Path(__file__).with_name("skyline.cpp")
 _CAPACITY_LIMIT = 1 << 46  # fixed-point scores shift the capacity by 16 bits
 
 AttemptFunction = Callable[[Part, int, Score, list[int], int, float], Attempt]

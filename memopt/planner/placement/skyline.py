@@ -1,4 +1,4 @@
-"""Depth-first placement on a skyline: the plain Python reference of ``planner/native/skyline.cpp``.
+"""Depth-first placement on a skyline: the plain Python reference of ``skyline.cpp``.
 
 Buffers of one :class:`~memopt.planner.placement.instance.Part` are placed in order of offset on a *skyline*, the
 height reached in every section. A buffer is *grounded* at the highest skyline of its window. Each step takes a

@@ -1,0 +1,148 @@
+"""Models by name: presets kept as data, transformers configurations, and a user's own Python function."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memopt.planner.models.reference_models import FAMILIES
+from memopt.planner.models.transformers_configs import build_from_config
+from memopt.planner.strict_json import read_json
+
+_FOLDER = "models"
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+class ModelError(ValueError):
+    """A model that is not known, or a description of one that cannot be used."""
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model without weights, one batch for it as keyword arguments (or a user's own), and how to make the loss."""
+
+    name: str
+    model: nn.Module
+    inputs: Any
+    loss_fn: Callable[..., Any] | None = None
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of the presets, sorted."""
+    folder = resources.files("memopt.presets").joinpath(_FOLDER)
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
+
+
+def find_model(
+    name: str | os.PathLike[str], batch: int = 1, tokens: int | None = None, dtype: str = "bf16"
+) -> FoundModel:
+    """Builds a model on the meta device, which takes a second or two and no memory, with a batch for one step.
+
+    Args:
+        name: a preset (``preset_names()``), a transformers ``config.json`` or a folder with one, or ``module:callable``
+            for a function without arguments that returns (model, inputs) or (model, inputs, loss_fn).
+        batch: sequences or images.
+        tokens: length of the sequences; default: the model's own context, at most 4096. Not for vision models.
+        dtype: of parameters and activations: bf16, fp16 or fp32. Not for ``module:callable``.
+
+    Raises:
+        ModelError: nothing of that name, a file that cannot be used, or sizes that the model does not have.
+    """
+    text = os.fspath(name)
+    if dtype not in _DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; choose bf16, fp16 or fp32")
+    if batch < 1 or (tokens is not None and tokens < 1):
+        raise ModelError(f"batch and seq must be at least 1, not {batch} and {tokens}")
+    if text.lower() in preset_names():
+        with _on_meta(_DTYPES[dtype]):
+            return _from_preset(text.lower(), batch, tokens)
+    path = Path(text)
+    if path.is_dir() or path.suffix == ".json":
+        with _on_meta(_DTYPES[dtype]):
+            return _from_config(path, batch, tokens)
+    if ":" in text:
+        return _from_python(text)
+    raise ModelError(
+        f"unknown model {text!r}; choose {', '.join(preset_names())}, a transformers config.json or its folder, "
+        "or module:callable"
+    )
+
+
+@contextmanager
+def _on_meta(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _from_preset(name: str, batch: int, tokens: int | None) -> FoundModel:
+    source = resources.files("memopt.presets").joinpath(_FOLDER).joinpath(f"{name}.json")
+    described = json.loads(source.read_text(encoding="utf-8"))
+    make_config, make_model = FAMILIES[described["family"]]
+    config = make_config(**described["config"])
+    return FoundModel(name, make_model(config), _batch(described["family"], config, batch, tokens))
+
+
+def _batch(family: str, config: Any, batch: int, tokens: int | None) -> dict[str, Tensor]:
+    if family == "vision":
+        if tokens is not None:
+            raise ModelError("seq is for language models; this one takes images of a fixed size")
+        images = torch.empty(batch, 3, config.image, config.image)
+        return {"images": images, "labels": torch.empty(batch, dtype=torch.long)}
+    length = min(config.context, 4096) if tokens is None else tokens
+    if config.positions == "learned" and length > config.context:
+        raise ModelError(f"seq {length} is more than this model's {config.context} learned positions")
+    return {name: torch.empty(batch, length, dtype=torch.long) for name in ("tokens", "targets")}
+
+
+def _from_config(path: Path, batch: int, tokens: int | None) -> FoundModel:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = read_json(file, "model file")
+    except FileNotFoundError:
+        raise ModelError(f"model file {str(file)!r} does not exist") from None
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    try:
+        model, inputs = build_from_config(values, batch, tokens)
+    except ValueError as error:
+        raise ModelError(f"model file {str(file)!r}: {error}") from error
+    return FoundModel(values.get("_name_or_path") or path.resolve().stem, model, inputs)
+
+
+def _from_python(text: str) -> FoundModel:
+    module_name, _, function_name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise ModelError(f"cannot import {module_name!r} for model {text!r}: {error}") from error
+    except AttributeError:
+        raise ModelError(f"module {module_name!r} has no {function_name!r}") from None
+    found = function()
+    if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], nn.Module):
+        raise ModelError(f"{text} must return (model, inputs) or (model, inputs, loss_fn), not {type(found).__name__}")
+    return FoundModel(text, *found)

@@ -1,0 +1,5 @@
+"""What one device holds of a step that is spread over several: a trace in, a trace out."""
+
+from memopt.planner.sharding.dividing import Degrees, shard
+
+__all__ = ["Degrees", "shard"]
