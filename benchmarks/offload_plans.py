@@ -50,8 +50,7 @@ class Trained:
         self.optimizer.zero_grad(set_to_none=True)
 
     def peak_bytes(self, step: Step) -> int:
-        """The metered peak of the second step."""
-        step()
+        """The metered peak of a step."""
         gc.collect()
         with memopt.meter(self.model, self.optimizer) as meter:
             step()
