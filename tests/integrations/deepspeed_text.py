@@ -1,4 +1,4 @@
-"""What a rank does in DeepSpeed's end-to-end tests: ZeRO 3 on real text, with and without a plan, and the example."""
+"""What a rank does in DeepSpeed's end-to-end tests: real text through the example's engine, with and without a plan."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import memopt
 from examples import deepspeed_zero
+from examples.deepspeed_zero import headroom_bytes
+from memopt.planner import Plan
 from tests.integrations import real_text
 
 SAVED, STEPS = 4, 8
 PLANNED_STEPS = 3
-SHARDED = {  # nothing stays gathered, so small as the model is, and DeepSpeed's own buffers are small
-    "stage": 3,
-    "stage3_param_persistence_threshold": 0,
-    "stage3_prefetch_bucket_size": 5000,
-    "reduce_bucket_size": 50000,
-}
+SHARE = 0.65  # of the step's peak
+
+
+def budgeted(stage: int) -> tuple[Plan, int]:
+    """A plan for a share of one rank's step, DeepSpeed's own bytes on top of it, and that budget."""
+    model = real_text.model()
+    headroom = headroom_bytes(model, stage)
+    _, budget = real_text.planned(stage, SHARE)
+    inputs = real_text.data(range(1), 0)[0]
+    return deepspeed_zero.planned(model, inputs, stage, budget + headroom), budget + headroom
+
+
+def engine(stage: int, plan: Plan | None) -> Any:
+    return deepspeed_zero.engine(real_text.model(), stage, real_text.PER_RANK, real_text.LR, plan)
 
 
 def train(module: Any, rank: int, steps: range) -> list[float]:
@@ -32,51 +41,39 @@ def train(module: Any, rank: int, steps: range) -> list[float]:
     return losses
 
 
+def with_and_without(rank: int, stage: int) -> dict[str, Any]:
+    """A few steps under a plan, and without one: losses, parameters and the metered peak of the last."""
+    import deepspeed
+
+    plan, budget = budgeted(stage)
+    found: dict[str, Any] = {"budget": budget, "status": plan.status.value}
+    for name, applied in (("plain", None), ("plan", plan)):
+        module = engine(stage, applied)
+        losses = train(module, rank, range(PLANNED_STEPS - 1))
+        with memopt.meter((), ()) as meter:
+            losses += train(module, rank, range(PLANNED_STEPS - 1, PLANNED_STEPS))
+        parameters = list(module.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+            whole = [parameter.detach().clone() for parameter in parameters]
+        found[name] = {"losses": losses, "parameters": whole, "peak_bytes": meter.peak_bytes}
+    return found
+
+
 def zero_3(rank: int, folder: str) -> dict[str, Any]:
-    """Losses with 8-bit states; saved in the middle, loaded into a new engine, and continued."""
-    module = deepspeed_zero.engine(real_text.model(), 3, real_text.PER_RANK, real_text.LR)
+    """Losses under a plan; saved in the middle, loaded into a new engine, and continued."""
+    plan, _ = budgeted(3)
+    module = engine(3, plan)
     losses = train(module, rank, range(SAVED))
     module.save_checkpoint(f"{folder}/text", tag="here")
     losses += train(module, rank, range(SAVED, STEPS))
-    again = deepspeed_zero.engine(real_text.model(), 3, real_text.PER_RANK, real_text.LR)
+    again = engine(3, plan)
     again.load_checkpoint(f"{folder}/text", tag="here")
     return {"losses": losses, "resumed": train(again, rank, range(SAVED, STEPS))}
 
 
-def planned(rank: int, linear: Any) -> dict[str, dict[str, Any]]:
-    """Three steps under a plan for 65 % of the step's peak, and three without: losses, parameters and metered peak.
-
-    ``linear`` is torch's own ``nn.functional.linear``, which an engine of before has replaced for good.
-    """
-    import deepspeed
-
-    nn.functional.linear = linear
-    plan, _ = real_text.planned(3, 0.65)
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("plain", "plan"):
-        model = real_text.model()
-        config = {
-            "train_micro_batch_size_per_gpu": real_text.PER_RANK,
-            "zero_optimization": {**SHARDED, "memory_efficient_linear": False},
-            "zero_allow_untested_optimizer": True,
-        }
-        optimizer = torch.optim.AdamW(model.parameters(), lr=real_text.LR)
-        module = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
-        handle = memopt.apply(module.module, plan) if name == "plan" else None
-        losses = train(module, rank, range(PLANNED_STEPS - 1))
-        with memopt.meter((), ()) as meter:
-            losses += train(module, rank, range(PLANNED_STEPS - 1, PLANNED_STEPS))
-        found[name] = {"losses": losses, "activations": meter.peak_by_category["activations"]}
-        if handle is not None:
-            handle.remove()
-            found[name] |= {"replays": handle.counts.replays, "whole": handle.counts.reasons}
-        parameters = list(model.parameters())
-        with deepspeed.zero.GatheredParameters(parameters):
-            found[name]["parameters"] = [parameter.detach().clone() for parameter in parameters]
-    return found
-
-
 def example(folder: str) -> None:
-    """The example, and the example again, which goes on where it was."""
-    for steps in (2, 3):
-        deepspeed_zero.main(Path(folder) / "example", stage=3, steps=steps, batch=2, width=64)
+    """The example, and again, which goes on where it was."""
+    for stage, steps in ((2, 2), (3, 2), (3, 3)):
+        deepspeed_zero.main(
+            Path(folder) / f"example-{stage}", stage=stage, steps=steps, batch=2, width=64, budget="9MiB"
+        )

@@ -25,6 +25,11 @@ from tests.integrations import deepspeed_text, real_text
 
 pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
 
+SHARDED = {  # nothing stays gathered, so small as the model is, and DeepSpeed's own buffers are small
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 5000,
+    "reduce_bucket_size": 50000,
+}
 STAGES = (1, 2, 3)
 FORMATS = ("fp32", "8bit")
 SAVED, STEPS = 2, 4
@@ -37,7 +42,7 @@ def engine(stage: int, state: str, model: nn.Module | None = None) -> tuple[Any,
     optimizer = AdamW(model.parameters(), lr=1e-3, state=state)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": deepspeed_text.SHARDED | {"stage": stage},
+        "zero_optimization": {**SHARDED, "stage": stage},
         "zero_allow_untested_optimizer": True,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0], optimizer
@@ -87,9 +92,15 @@ def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     results: dict[Any, Any] = {}
-    linear = nn.functional.linear
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute where it is new
+        for stage in STAGES:
+            results[stage, "text with and without a plan"] = deepspeed_text.with_and_without(rank, stage)
+        results[3, "text"] = deepspeed_text.zero_3(rank, folder)
+        deepspeed_text.example(folder)
         plan = plan_of()
         for stage in STAGES:
             for state in FORMATS:
@@ -104,9 +115,6 @@ def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[
             results[stage, "resumed"] = train(again, range(SAVED, STEPS))
             results[stage, "plan"] = under_a_plan(stage, plan, early=False)
         results[3, "early plan"] = under_a_plan(3, plan, early=True)
-        results[3, "planned text"] = deepspeed_text.planned(rank, linear)
-        results[3, "text"] = deepspeed_text.zero_3(rank, folder)
-        deepspeed_text.example(folder)
     return results
 
 
@@ -164,14 +172,15 @@ def test_losses_under_a_plan_are_bitwise_those_without(results: Any, stage: int,
         assert whole == 0
 
 
-def test_zero_3_under_a_plan_from_memopt_is_bitwise_and_holds_less(results: Any) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_plan_of_memopt_is_bitwise_and_within_its_budget(results: Any, stage: int) -> None:
     for got in results:
-        plain, plan = got[3, "planned text"]["plain"], got[3, "planned text"]["plan"]
+        found = got[stage, "text with and without a plan"]
+        plain, plan = found["plain"], found["plan"]
+        assert found["status"] in ("optimal", "feasible")
         assert plan["losses"] == plain["losses"]
         assert all(map(torch.equal, plan["parameters"], plain["parameters"]))
-        assert plan["replays"] > 0
-        assert not plan["whole"]
-        assert plan["activations"] < 0.8 * plain["activations"]
+        assert plan["peak_bytes"] <= found["budget"] < plain["peak_bytes"]
 
 
 def test_zero_3_on_real_text_has_the_loss_of_plain_pytorch(results: Any) -> None:
