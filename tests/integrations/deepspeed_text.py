@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import memopt
 from examples import deepspeed_zero
 from examples.deepspeed_zero import headroom_bytes
