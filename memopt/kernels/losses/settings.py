@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 REDUCTIONS = ("mean", "sum", "none")
 MODES = ("rows", "recompute", "tiles")
 ACCUMULATIONS = ("once", "weight", "float32")
-ROW_UNIT = 64  # products of 343 or 902 rows cost up to a third more per row than those of 320 or 896
+# Products of 343 or 902 rows cost up to a third more per row than those of 320 or 896, and those up to 7 % more than
+# products of a multiple of 256 (measured on AVX-512 in bfloat16).
+ROW_UNIT, LARGE_UNIT = 64, 256
 DEFAULT_CHUNK_BYTES = 90 * 2**20  # with what surrounds it a call stays below 96 MiB
 
 
@@ -94,12 +96,15 @@ def rows_per_chunk(rows: int, bytes_per_row: int, chunk_bytes: int) -> int:
     largest = whole_units(max(1, chunk_bytes // max(1, bytes_per_row)))
     chunks = -(-rows // largest)
     even = -(-rows // chunks)
-    return min(largest, even + -even % ROW_UNIT)
+    return min(largest, even + -even % (LARGE_UNIT if largest >= LARGE_UNIT else ROW_UNIT))
 
 
 def whole_units(rows: int) -> int:
-    """``rows`` rounded down to a multiple of ROW_UNIT, but for less than one of them."""
-    return rows if rows < ROW_UNIT else rows - rows % ROW_UNIT
+    """``rows`` rounded down to a multiple of LARGE_UNIT, of ROW_UNIT if there is less than that, else as it is."""
+    for unit in (LARGE_UNIT, ROW_UNIT):
+        if rows >= unit:
+            return rows - rows % unit
+    return rows
 
 
 def even_chunks(rows: int, bytes_per_row: int, chunk_bytes: int) -> Iterator[slice]:
