@@ -36,6 +36,22 @@ def autocast(state: Autocast) -> Iterator[None]:
             torch.set_autocast_dtype(kind, dtype)
 
 
+class uncached:  # noqa: N801
+    """Runs its body without autocast's cache of weights, which would hold their casts until autocast ends.
+
+    A class, because it is entered for every call of a block.
+    """
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_cache_enabled(self._before)
+
+
 @contextmanager
 def no_autocast() -> Iterator[None]:
     """Runs its body as recorded operations must run: what autocast had to cast is already cast."""

@@ -10,7 +10,7 @@ from memopt.offload.errors import PlanMismatchError, UnsupportedBlockError
 from memopt.offload.template import Kind, Template
 from memopt.planner.values import Action, BlockPlan, StorageAction
 
-_CUDA_ROUNDING = 512
+_ROUNDING = 512
 _FIELDS = {"actions": "saved storage", "inputs": "saved input"}
 
 
@@ -124,12 +124,16 @@ def _check_storages(where: str, what: str, actions: tuple[StorageAction, ...], s
                 "plan again with the inputs and settings that you train with"
             )
         size = sizes[action.index]
-        rounded = -(-size // _CUDA_ROUNDING) * _CUDA_ROUNDING
-        if action.bytes and action.bytes not in (size, rounded):
+        if action.bytes and _rounded(action.bytes) != _rounded(size):
             raise PlanMismatchError(
                 f"{where}: {what} {action.index} has {size} bytes, the plan was made for {action.bytes}; plan again "
                 "with the shapes and the dtype that you train with"
             )
+
+
+def _rounded(size: int) -> int:
+    """What an allocator takes: a trace may know the few statistics of a norm in another precision."""
+    return -(-size // _ROUNDING)
 
 
 def missing_fields(plan: Any) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memopt.offload.ambient import autocast, random_states
+from memopt.offload.ambient import random_states, uncached
 from memopt.offload.calls import Call, Compiled, Policy, unpack
 from memopt.offload.checking import check_call
 from memopt.offload.origin import Origin
@@ -50,6 +51,8 @@ class PlannedForward:
         self._eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         self._variants: list[dict[Any, tuple[Compiled, Policy]]] = [{} for _ in plans]
         self._templates: list[Template | None] = [None for _ in plans]
+        # Several calls of a block share their weights' casts, as without a plan; one call frees what it drops.
+        self._ambient: Callable[[], Any] = uncached if len(plans) == 1 else nullcontext
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._eager(*args, **kwargs)
@@ -79,7 +82,7 @@ class PlannedForward:
             return self.own(*args, **kwargs)
         origin = self._origin(number, compiled, args, kwargs) if compiled.needs.last_pack >= 0 else None
         call = Call(self._where(number), origin, policy, compiled)
-        with call, saved_tensors_hooks(call.pack, unpack):
+        with call, self._ambient(), saved_tensors_hooks(call.pack, unpack):
             output = self.own(*args, **kwargs)
         if len(call.handles) != len(compiled.storages):
             # It did something else than when it was recorded (a branch, a frozen parameter): look again next time.
@@ -125,7 +128,7 @@ class PlannedForward:
         call = Call(origin.where, origin, used, None)
         recorder = call.recorder = Recorder(self._known(origin), used.recomputes, self._partitioned)
         saving = saved_tensors_hooks(call.pack, unpack)
-        with call, autocast(origin.autocast), saving, recorder, hooks_unrecorded(self.block, recorder):
+        with call, self._ambient(), saving, recorder, hooks_unrecorded(self.block, recorder):
             output = self.own(*args, **kwargs)
         recorder.template.arguments = len(origin.arguments.held), origin.arguments.read(recorder.touched)
         template = recorder.finish()

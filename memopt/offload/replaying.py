@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.offload.ambient import no_autocast
@@ -25,6 +25,7 @@ from memopt.offload.tape import Chain, Hole, Key, Node, Tape
 from memopt.offload.template import Layout, OpTemplate, Template
 from memopt.offload.trees import operands_and_constants, with_operands
 
+_CAST = torch.ops.aten._to_copy.default
 _local = threading.local()
 
 
@@ -145,6 +146,9 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None and not self.eager and is_view(func) and any(isinstance(t, StandIn) for t in tensors):
             # Autograd makes views again, where stand-ins leave it no other way to follow a write to a view.
             return view_of(func, args, kwargs, tensors)
+        if known is None and not self.eager and func is _CAST and type(args[0]) is nn.Parameter:
+            # In forward, autocast's cache had the cast of this weight from another call.
+            return func(*args, **kwargs)
         self._position += 1
         if known is None:
             self.eager = True
