@@ -1,9 +1,9 @@
 """Random numbers for stochastic rounding: a counter-based hash, so that nothing is stored and shards agree.
 
 The 32-bit word of an element is a function of (seed, step, parameter number, draw, global element index) alone. One
-word serves two states: slot ``j`` is the word of draw ``j // 2``, turned by 16 bits when ``j`` is odd. As a signed
-integer it is the noise of a codec (the uniform is ``1/2 + word / 2**32``, and its upper 16 bits, which decide, are the
-lower ones of the other slot); its upper 16 bits are the noise of a bfloat16.
+word serves two states: slot ``j`` takes the lower part of the word of draw ``j // 2`` when ``j`` is even, the upper
+when it is odd. The noise of a codec is 23 bits of it as a multiple of 2**-23 between -1/2 and 1/2 (the 7 bits that both
+parts have weigh less than 2**-9 in one of them); that of a 16-bit float is 16 bits.
 
 The global index of an element is that of its row's first element plus its place in the row; the index's upper 32 bits
 are taken at the start of the row.
@@ -51,36 +51,39 @@ def step_key(seed: int, step: int) -> int:
     return mix64(mix64(seed & MASK64) ^ (step & MASK64))
 
 
-def row_keys(base: int, row_start: int, draw: int) -> tuple[int, int]:
-    """The two 32-bit keys of a row whose first element has the global index ``row_start``."""
-    key = mix64(base ^ ((row_start >> 32) * 2 + 1 + (draw << 33)) & MASK64)
-    return key & MASK32, key >> 32
+def row_key(base: int, row_start: int, draw: int) -> int:
+    """The 32-bit key of a row whose first element has the global index ``row_start``."""
+    return mix64(base ^ ((row_start >> 32) * 2 + 1 + (draw << 33)) & MASK64) >> 32
 
 
 def noise(
     base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device, column: int = 0
 ) -> Tensor:
-    """The words of one slot as signed integers, float32 (rows, row_length); arguments as for :func:`words`."""
-    h = words(base, first, rows, row_length, slot, device, column)
-    return torch.where(h > 0x7FFFFFFF, h - (1 << 32), h).float()
+    """The noise of one slot for codecs, float32 (rows, row_length) in [-1/2, 1/2); arguments as for :func:`words`."""
+    h = words(base, first, rows, row_length, slot // 2, device, column)
+    return (h >> 9 if slot % 2 else h & 0x7FFFFF).float() * 2.0**-23 - 0.5
+
+
+def halves(
+    base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device, column: int = 0
+) -> Tensor:
+    """The 16 bits of one slot, int64 (rows, row_length); arguments as for :func:`words`."""
+    h = words(base, first, rows, row_length, slot // 2, device, column)
+    return h >> 16 if slot % 2 else h & 0xFFFF
 
 
 def words(
-    base: int, first: int, rows: int, row_length: int, slot: int, device: torch.device, column: int = 0
+    base: int, first: int, rows: int, row_length: int, draw: int, device: torch.device, column: int = 0
 ) -> Tensor:
-    """The words of one slot, int64 (rows, row_length).
+    """The words of one draw, int64 (rows, row_length).
 
     ``first`` is the global index of the first row's first element; the words are those from ``column`` of the row on.
     """
     starts = first + row_length * torch.arange(rows, device=device)[:, None]
-    high = starts >> 32
-    k1, k2 = torch.zeros_like(starts), torch.zeros_like(starts)
+    high, keys = starts >> 32, torch.zeros_like(starts)
     for value in range(first >> 32, ((first + row_length * max(rows - 1, 0)) >> 32) + 1):
-        keys = row_keys(base, value << 32, slot // 2)
-        k1[high == value], k2[high == value] = keys
-    low = starts & MASK32
-    h = (low + column + torch.arange(row_length, device=device)) & MASK32
-    h = (h * GOLDEN32 + k1) & MASK32
-    h = ((h ^ (h >> 16)) * M1 + k2) & MASK32
-    h ^= h >> 15
-    return ((h << 16) & MASK32) | (h >> 16) if slot % 2 else h
+        keys[high == value] = row_key(base, value << 32, draw)
+    h = ((starts & MASK32) + column + torch.arange(row_length, device=device)) & MASK32
+    h = (h * GOLDEN32 + keys) & MASK32
+    h = ((h ^ (h >> 16)) * M1) & MASK32
+    return h ^ (h >> 15)

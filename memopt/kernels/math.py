@@ -28,9 +28,11 @@ __all__ = [
     "minimum",
     "power_of_two",
     "root4",
+    "rough_sqrt",
     "rsqrt",
     "sign",
     "sqrt",
+    "step_down",
     "take",
     "where",
 ]
@@ -65,8 +67,13 @@ def rsqrt(x: Number) -> Number:
     return _unary("rsqrt", lambda v: 1.0 / _math.sqrt(v), torch.rsqrt, x)
 
 
+def rough_sqrt(x: Number) -> Number:
+    """Square root of x > 0, which codecs use where an estimate to 2**-11 does."""
+    return _unary("rough_sqrt", _math.sqrt, torch.sqrt, x)
+
+
 def root4(x: Number) -> Number:
-    """Fourth root."""
+    """Fourth root; within codecs an estimate to 2**-13."""
     return _unary("root4", lambda v: _math.sqrt(_math.sqrt(v)), lambda t: t.sqrt().sqrt(), x)
 
 
@@ -163,6 +170,15 @@ def fma(a: Number, b: Number, c: Number) -> Number:
         wide: list[Any] = [v.double() if isinstance(v, torch.Tensor) else float(v) for v in (a, b, c)]
         return (wide[0] * wide[1] + wide[2]).float()
     return a * b + c
+
+
+def step_down(x: Number, d: Number) -> Number:
+    """The positive float32 x, one place of its last bit lower where d is negative."""
+    if isinstance(x, Expr):
+        return make("step_down", x, d)
+    if isinstance(x, torch.Tensor):
+        return (x.contiguous().view(torch.int32) + (d.contiguous().view(torch.int32) >> 31)).view(torch.float32)
+    return step_down(torch.tensor(float(x)), torch.tensor(float(d))).item()
 
 
 def take(table: Sequence[float], index: Number) -> Number:

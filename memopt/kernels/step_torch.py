@@ -60,7 +60,7 @@ def _one(request: StepRequest, i: int, first: int, last: int, before: int) -> li
         return hashing.noise(base, start, rows, length, slot, param.device, column)
 
     def halves(slot: int) -> Tensor:
-        return hashing.words(base, start, rows, length, slot, param.device, column) >> 16
+        return hashing.halves(base, start, rows, length, slot, param.device, column)
 
     values = []
     for j, stored in enumerate(request.states):

@@ -88,23 +88,22 @@ def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(codes[0], codes[2])
 
 
-def test_words_are_uniform_and_independent() -> None:
+def test_noise_is_uniform_and_independent() -> None:
     """Chi-square of 64 bins below its mean 63 plus 6 standard deviations sqrt(126); correlations below 6 / sqrt(N)."""
     n = 1 << 16
-    words = {}
+    noise = {}
     for step in (0, 1):
         for slot in (0, 1, 2):
             base = hashing.base_key(11, step, 3)
-            words[step, slot] = hashing.words(base, 0, 1, n, slot, torch.device("cpu")).flatten()
-    for word in words.values():
-        counts = torch.bincount(word >> 26, minlength=64).double()
-        assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 63 + 6 * math.sqrt(126)
-        low = torch.bincount((word >> 16) & 63, minlength=64).double()
-        assert ((low - n / 64) ** 2 / (n / 64)).sum() < 63 + 6 * math.sqrt(126)
-    centred = {k: (w.double() / 2**32 - 0.5) * math.sqrt(12) for k, w in words.items()}
-    keys = list(centred)
+            drawn = hashing.noise(base, 0, 1, n, slot, torch.device("cpu")).flatten().double()
+            assert -0.5 <= drawn.min() < drawn.max() < 0.5
+            for bits in (drawn * 64, drawn * 2**12):  # the upper six bits, and the six below them
+                counts = torch.bincount(bits.floor().long() & 63, minlength=64).double()
+                assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 63 + 6 * math.sqrt(126)
+            noise[step, slot] = drawn * math.sqrt(12)
+    keys = list(noise)
     for i, a in enumerate(keys):
         for lag in (1, 2, 16, 256, 512):
-            assert abs((centred[a][lag:] * centred[a][:-lag]).mean()) < 6 / math.sqrt(n)
+            assert abs((noise[a][lag:] * noise[a][:-lag]).mean()) < 6 / math.sqrt(n)
         for b in keys[i + 1 :]:
-            assert abs((centred[a] * centred[b]).mean()) < 6 / math.sqrt(n)
+            assert abs((noise[a] * noise[b]).mean()) < 6 / math.sqrt(n)

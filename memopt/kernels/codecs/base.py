@@ -10,7 +10,6 @@ import torch
 
 from memopt.kernels.blocks import Blocks, blocks_of
 
-NOISE = 2.0**-32  # noise is a signed 32-bit integer as float32
 # Adding it to a float32 below 2**22 rounds that to a whole number, which is then in its low bits; not 2**23, because
 # the sum must stay clear of the change of spacing there.
 BIAS = 1.5 * 2.0**23
@@ -43,12 +42,12 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
-        """``BIAS`` plus the whole-valued code in ``[0, 2**bits)``.
+        """A positive float32 that has the code, in ``[0, 2**bits)``, in its low bits, such as ``BIAS`` plus the code.
 
         ``|x| * inverse`` is at most ``unit`` but for rounding errors; with noise, at most ``unit * (1 - 2**-20)``, so
         that none of them leads beyond the last code. ``noise`` is None for the nearest value (exactly, ties towards
-        zero), else a uniform in ``[-1/2, 1/2] / NOISE`` for stochastic rounding: between neighbours of width w the
-        turn lies at ``middle + noise * NOISE * w``, so that the mean of the decoded value is the value.
+        zero), else a uniform in ``[-1/2, 1/2)`` for stochastic rounding: between neighbours of width w the turn lies at
+        ``middle + noise * w``, so that the mean of the decoded value is the value.
         """
 
     @abc.abstractmethod
@@ -77,7 +76,17 @@ _CODECS: dict[str, Codec] = {}
 
 
 def register_codec(codec: Codec) -> Codec:
-    """Makes a codec known under its name; returns it."""
+    """Makes a codec known under its name.
+
+    Args:
+        codec: found by :func:`get_codec` from now on.
+
+    Returns:
+        The same codec.
+
+    Raises:
+        ValueError: the name is taken.
+    """
     if codec.name in _CODECS:
         raise ValueError(f"a codec named {codec.name!r} is registered already")
     _CODECS[codec.name] = codec
@@ -85,7 +94,14 @@ def register_codec(codec: Codec) -> Codec:
 
 
 def get_codec(name: str | Codec) -> Codec:
-    """The codec of that name with its usual block size; codecs pass through."""
+    """The codec of that name with its usual block size.
+
+    Args:
+        name: one of :func:`codec_names`; a codec passes through.
+
+    Raises:
+        ValueError: no such codec; the message lists them.
+    """
     if isinstance(name, Codec):
         return name
     if not isinstance(name, str) or name not in _CODECS:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from memopt.kernels import math as km
-from memopt.kernels.codecs.base import BIAS, NOISE, Codec, register_codec
+from memopt.kernels.codecs.base import BIAS, Codec, register_codec
 from memopt.kernels.codecs.rounding import turning_points
 
 
@@ -59,7 +59,7 @@ class Dynamic(Codec):
             j = km.where(m > km.take(turning_points(levels), j), j + 1.0, j)
         else:
             j = km.clamp(km.floor(t), 0.0, len(levels) - 2.0)
-            j = km.where(t - j > noise * NOISE + 0.5, j + 1.0, j)
+            j = km.where(t - j > noise + 0.5, j + 1.0, j)
         if not self.signed:
             return km.where(m > 0.0, km.maximum(j, 1.0), j) + BIAS
         return km.where(a < 0.0, 127.0 - km.minimum(j, 127.0), 127.0 + j) + BIAS

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.kernels import math as km
-from memopt.kernels.codecs.base import BIAS, NOISE, Codec, register_codec
+from memopt.kernels.codecs.base import BIAS, Codec, register_codec
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class E4M3(Codec):
             units = (units + BIAS) - BIAS
         else:
             low = km.floor(units)
-            units = km.where(units - low > noise * NOISE + 0.5, low + 1.0, low)
+            units = km.where(units - low > noise + 0.5, low + 1.0, low)
         code = 8.0 * (exponent + 6.0) + units  # 16 units carry into the exponent by themselves
         return km.where(a < 0.0, code + 128.0, code) + BIAS
 

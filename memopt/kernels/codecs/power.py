@@ -9,9 +9,11 @@ root4  8        k - 1, k = 1 .. 256              (k / 256)**4
 sqrt   4        k - 1, k = 1 .. 16               (k / 16)**2
 ====== ======== ================================ ============================
 
-In the domain ``a = |x| N**p / scale`` the values are whole powers k**p, so neighbours and midpoints are (nearly)
-exact. The unsigned maps have no zero: a second moment in a block that is not all zero never decodes to 0, which would
-make Adam's update explode. Below the first code the value rounds up to it.
+In the domain ``a = |x| N**p / scale``, or a power of two times that, the values are whole powers k**p, so neighbours
+and midpoints are (nearly) exact. An estimate of the root gives the cell between two values; the end of it to take is
+decided by comparing a with a turn between the two, so that errors of the estimate hardly matter. The unsigned maps have
+no zero: a second moment in a block that is not all zero never decodes to 0, which would make Adam's update explode.
+Below the first code the value rounds up to it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.kernels import math as km
-from memopt.kernels.codecs.base import BIAS, NOISE, Codec, register_codec
+from memopt.kernels.codecs.base import BIAS, Codec, register_codec
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,15 @@ class UnsignedSquare(Codec):
 
     @property
     def unit(self) -> float:  # type: ignore[override]
-        return float(self.last**2)
+        return self.last**2 / 4
 
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
-        k = _nearest_root(x * inverse, self.last) if noise is None else _random_root(x, inverse, noise)
-        return km.maximum(k + (BIAS - 1.0), BIAS)
+        a = _above_first(x * inverse, 0.25, None if noise is not None else self.unit)
+        # Halves, rounded to multiples of a half: k is a half of the cell's number, h a half of its middle, H / 4 with H
+        # odd. Four times the turn in a is H**2 + 1 + 4 noise H; what is compared are quarters of that.
+        k = km.rough_sqrt(a) + (_HALVES - 0.25)
+        h = k - (_HALVES - 0.25)
+        return km.step_down(k, km.fma(-h, h if noise is None else h + noise, a - 0.0625))
 
     def decode(self, code: Any, scale: Any) -> Any:
         cell = km.sqrt(scale) * (1.0 / self.last)
@@ -81,22 +87,17 @@ class FourthRoot(Codec):
 
     @property
     def unit(self) -> float:  # type: ignore[override]
-        return float(self.last**4)
+        return self.last**4 / 256
 
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
-        a = km.maximum(x * inverse, 1.0 + 2.0**-20)  # above every turn below 1
-        if noise is None:
-            a = km.minimum(a, self.unit)
-        # 2**23 plus t - 1/2 rounds to 2**23 + floor(t) or, by an error of the root, to a neighbour of it: then a is
-        # next to that power, and the comparison below still ends on the right side.
-        k = km.root4(a) + (_UNIT_SPACING - 0.5)
-        # With h = k + 1/2: (k**4 + (k+1)**4) / 2 = h**4 + 3/2 h**2 + 1/16 and (k+1)**4 - k**4 = h (4 h**2 + 1).
-        h = k - (_UNIT_SPACING - 0.5)
-        square = h * h
-        turn = km.fma(square, square + 1.5, 0.0625)
-        if noise is not None:
-            turn = km.fma(noise * h, km.fma(square, 4.0 * NOISE, NOISE), turn)
-        return km.where(a > turn, k, k - 1.0)
+        a = _above_first(x * inverse, 2.0**-8, None if noise is not None else self.unit)
+        # As above with quarters: h = H / 8. Sixteen times the turn, plus 4, is (H**2 + 1) (H**2 + 5 + 8 noise H), as
+        # (k**4 + (k+1)**4) / 2 = (H**4 + 6 H**2 + 1) / 16 and (k+1)**4 - k**4 = H (H**2 + 1) / 2.
+        k = km.root4(a) + (_QUARTERS - 0.125)
+        h = k - (_QUARTERS - 0.125)
+        r = km.fma(h, h, 2.0**-6)
+        other = r + 0.0625
+        return km.step_down(k, km.fma(-r, other if noise is None else km.fma(noise, h, other), a + 2.0**-10))
 
     def decode(self, code: Any, scale: Any) -> Any:
         cell = km.sqrt(km.sqrt(scale)) * (1.0 / self.last)
@@ -105,7 +106,14 @@ class FourthRoot(Codec):
         return square * square
 
 
-_UNIT_SPACING = 2.0**23  # float32 numbers from here on are whole; their low bits count from 0 here too
+# float32 numbers from here on are multiples of a half and of a quarter, and their low bits count them
+_HALVES, _QUARTERS = 2.0**22, 2.0**21
+
+
+def _above_first(a: Any, first: float, last: float | None) -> Any:
+    """``a`` above every turn below the first value, and not above the last."""
+    a = km.maximum(a, first * (1.0 + 2.0**-20))
+    return a if last is None else km.minimum(a, last)
 
 
 def _nearest_root(a: Any, last: int) -> Any:
@@ -118,10 +126,9 @@ def _random_root(x: Any, inverse: Any, noise: Any) -> Any:
     """A number whose magnitude rounds to the k chosen at random, for ``x * inverse`` = a between k**2 and (k+1)**2.
 
     Up with probability (a - k**2) / (2k + 1), that is, if a > k**2 + u (2k + 1) = (k + u)**2 + u (1 - u) with a uniform
-    u; so k or k + 1 is the floor of sqrt(a - u (1 - u)) + 1 - u, and with v = 1/2 - u, u (1 - u) = 1/4 - v**2.
+    u; so k or k + 1 is the floor of sqrt(a - u (1 - u)) + 1 - u; with the noise v = 1/2 - u, u (1 - u) = 1/4 - v**2.
     """
-    v = noise * NOISE
-    return km.sqrt(km.maximum(km.fma(x, inverse, km.fma(v, v, -0.25)), 0.0)) + v
+    return km.sqrt(km.maximum(km.fma(x, inverse, km.fma(noise, noise, -0.25)), 0.0)) + noise
 
 
 register_codec(SignedSquare())

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.kernels import math as km
-from memopt.kernels.codecs.base import BIAS, NOISE, Codec, register_codec
+from memopt.kernels.codecs.base import BIAS, Codec, register_codec
 from memopt.kernels.codecs.dynamic import dynamic_levels
 from memopt.kernels.codecs.rounding import below, turning_points
 
@@ -47,7 +47,7 @@ class Table(Codec):
         # The first level with a neighbour above; below the lowest level everything rounds up to it.
         low = _count(a, tuple(below(v) for v in self.levels[1:-1]))
         gaps = (*(high - base for base, high in itertools.pairwise(self.levels)), 0.0)
-        turn = km.take(self.levels, low - BIAS) + (noise * NOISE + 0.5) * km.take(gaps, low - BIAS)
+        turn = km.take(self.levels, low - BIAS) + (noise + 0.5) * km.take(gaps, low - BIAS)
         return km.where(a > turn, low + 1.0, low)
 
     def decode(self, code: Any, scale: Any) -> Any:

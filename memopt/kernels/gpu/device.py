@@ -58,17 +58,28 @@ def random_words(base, row_start, place, draw: tl.constexpr):
     """uint32 words: see memopt/kernels/hashing.py. ``row_start`` (R, 1) global, ``place`` (R, WIDTH) in the row."""
     start = row_start.to(tl.uint64)
     key = mix64(base[None, :] ^ ((start >> 32) * 2 + 1 + (draw << 33)))
-    h = (start.to(tl.uint32) + place.to(tl.uint32)) * 0x9E3779B1 + key.to(tl.uint32)
-    h = (h ^ (h >> 16)) * 0x85EBCA6B + (key >> 32).to(tl.uint32)
+    h = (start.to(tl.uint32) + place.to(tl.uint32)) * 0x9E3779B1 + (key >> 32).to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
     return h ^ (h >> 15)
 
 
 @triton.jit
-def turned(word, ODD: tl.constexpr):
-    """The word of a slot: turned by 16 bits when the slot is odd."""
-    if ODD:
-        return (word << 16) | (word >> 16)
-    return word
+def noise_of(word, ODD: tl.constexpr):
+    """The noise of a slot for codecs, in [-1/2, 1/2)."""
+    bits = (word >> 9) if ODD else (word & 0x7FFFFF)
+    return (bits | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+
+
+@triton.jit
+def half_of(word, ODD: tl.constexpr):
+    """The 16 bits of a slot."""
+    return (word >> 16) if ODD else (word & 0xFFFF)
+
+
+@triton.jit
+def step_down(x, d):
+    """The positive x, one place of its last bit lower where d is negative."""
+    return (x.to(tl.int32, bitcast=True) + (d.to(tl.int32, bitcast=True) >> 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -83,12 +94,12 @@ def scale_of(largest, TOP: tl.constexpr):
 
 
 @triton.jit
-def store_rounded(pointer, value, mask, word, NOISY: tl.constexpr, INTERPRET: tl.constexpr):
-    """Stores float32 values as the pointer's type: to nearest, or at random by the upper 16 bits of ``word``."""
+def store_rounded(pointer, value, mask, half, NOISY: tl.constexpr, INTERPRET: tl.constexpr):
+    """Stores float32 values as the pointer's type: to nearest, or at random by the 16 bits of ``half``."""
     element: tl.constexpr = pointer.dtype.element_ty
     if NOISY and element == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        up = ((bits + (word >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        up = ((bits + half) & 0xFFFF0000).to(tl.float32, bitcast=True)
         value = tl.where(tl.abs(value) < float("inf"), up, value)
     if NOISY and element == tl.float16:
         bits = value.to(tl.uint32, bitcast=True) & 0x7F800000
@@ -96,6 +107,6 @@ def store_rounded(pointer, value, mask, word, NOISY: tl.constexpr, INTERPRET: tl
         cell = (exponent - 0x05000000).to(tl.float32, bitcast=True)
         scaled = value * (0x84000000 - exponent).to(tl.float32, bitcast=True)
         low = tl.floor(scaled)
-        up = tl.where(((word >> 16).to(tl.float32) + 0.5) * 1.52587890625e-05 < scaled - low, 1.0, 0.0)
+        up = tl.where((half.to(tl.float32) + 0.5) * 1.52587890625e-05 < scaled - low, 1.0, 0.0)
         value = tl.where(tl.abs(value) < float("inf"), (low + up) * cell, value)
     tl.store(pointer, round_to(value, element, INTERPRET), mask=mask)

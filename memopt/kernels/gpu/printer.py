@@ -19,6 +19,7 @@ _CALLS = {
     "not": "~({})",
     "sqrt": "tl.sqrt({})",
     "rsqrt": "tl.rsqrt({})",
+    "rough_sqrt": "tl.sqrt({})",
     "root4": "tl.sqrt(tl.sqrt({}))",
     "abs": "tl.abs({})",
     "sign": "sign_of({})",
@@ -32,6 +33,7 @@ _CALLS = {
     "copysign": "copy_sign({}, {})",
     "where": "tl.where({}, {}, {})",
     "fma": "tl.fma({}, {}, {})",
+    "step_down": "step_down({}, {})",
 }
 
 

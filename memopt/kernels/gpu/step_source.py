@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 
 from memopt.kernels.gpu.device import (
-    base_key, copy_sign, exponent_of, power_of_two, random_words, scale_of, sign_of, store_rounded, turned
+    base_key, copy_sign, exponent_of, half_of, noise_of, power_of_two, random_words, scale_of, sign_of, step_down,
+    store_rounded
 )
 
 
@@ -156,7 +157,7 @@ def _words(kind: StepKind) -> list[str]:
 
 def _store(place: str, name: str, slot: int, kind: StepKind) -> str:
     noisy = slot in kind.noisy
-    word = f"turned(w{slot // 2}, {bool(slot % 2)})" if noisy else "0"
+    word = f"half_of(w{slot // 2}, {bool(slot % 2)})" if noisy else "0"
     return f"store_rounded({place}, {name}, mask, {word}, {noisy}, INTERPRET)"
 
 
@@ -164,7 +165,7 @@ def _store_state(kind: StepKind, j: int, name: str) -> list[str]:
     stored = kind.stored[j]
     if not isinstance(stored, Codec):
         return [_store(f"data{j} + place", name, j, kind)]
-    noise = f"turned(w{j // 2}, {bool(j % 2)}).to(tl.int32, bitcast=True).to(tl.float32)"
+    noise = f"noise_of(w{j // 2}, {bool(j % 2)})"
     lines = [
         f"size{j} = raw{j}.to(tl.int32, bitcast=True) & 0x7FFFFFFF",
         f"largest{j} = tl.max(size{j}, 1, keep_dims=True)",

@@ -17,7 +17,9 @@ _CALLS = {
     "neg": "vneg",
     "sqrt": "vsqrt",
     "rsqrt": "vrsqrt",
+    "rough_sqrt": "vsqrt",
     "root4": "vroot4",
+    "step_down": "vstep_down",
     "abs": "vabs",
     "copysign": "vcopysign",
     "sign": "vsign",
@@ -35,6 +37,8 @@ _CALLS = {
     "not": "negate",
     **{op: op for op in ("lt", "le", "gt", "ge", "eq", "ne")},
 }
+
+_FAST = {"sqrt": "vsqrt_fast", "rough_sqrt": "vsqrt_rough", "root4": "vroot4_fast"}
 
 
 class Printer:
@@ -116,7 +120,7 @@ class Printer:
         names = [self._name(arg) for arg in args]
         if node.op in _INFIX:
             return f"{names[0]} {_INFIX[node.op]} {names[1]}"
-        call = _CALLS[node.op] + ("_fast" if node.op in self.fast else "")
+        call = _FAST[node.op] if node.op in self.fast else _CALLS[node.op]
         return f"{call}({', '.join(names)})"
 
 
@@ -166,7 +170,7 @@ def codec_functions(codec: Codec, rounding: str, tag: str, *, exact_root: bool =
     ``exact_root`` takes square roots by the divider, which is idle, and leaves the ports for products to others.
     """
     noise = element("noise") if rounding == "stochastic" else None
-    encode, decode = Printer(fast=("root4",) if exact_root else ("sqrt", "root4")), Printer()
+    encode, decode = Printer(fast=("rough_sqrt", "root4") if exact_root else ("sqrt", "rough_sqrt", "root4")), Printer()
     (code,) = encode.print(codec.encode(element("x"), element("inverse"), noise))
     (value,) = decode.print(codec.decode(element("code"), scalar("scale")))
     names = [f"const vf U{i} = c[{i}];" for i in range(len(decode.uniforms))]

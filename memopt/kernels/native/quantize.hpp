@@ -15,7 +15,7 @@ INLINE Place place_of(const Rows& r, int64_t in_row, int64_t i) {
     return {row, at, n, i, codes};
 }
 
-template <class T> static void quantize_block(const T* x, uint8_t* out, float* scale, int n, Keys keys, uint32_t index) {
+template <class T> static void quantize_block(const T* x, uint8_t* out, float* scale, int n, uint32_t key, uint32_t index) {
     alignas(64) float buffer[2 * BLOCK + W];
     alignas(64) uint8_t wide[2 * BLOCK + W];
     vu maxima = {};
@@ -32,16 +32,15 @@ template <class T> static void quantize_block(const T* x, uint8_t* out, float* s
     }
     vf inverse = splat(s.inverse);
     uint8_t* codes = BITS == 8 ? out : wide;
-    auto code = [&](vf v, int at) {
-        return encode_0(v, inverse, NOISY ? noise_of(random_words(keys, index + at), 0) : splat(0));
-    };
+    Words words(key, index);
+    auto code = [&](vf v) { return encode_0(v, inverse, NOISY ? noise_of(words.next(), 0) : splat(0)); };
     for (i = 0; i + W <= n; i += W) {
         prefetch(x + i + 1024);
-        store_codes(codes + i, code(careful ? load(buffer + i) : load(x + i), i));
+        store_codes(codes + i, code(careful ? load(buffer + i) : load(x + i)));
     }
     if (i < n) {
         uint8_t some[W];
-        store_codes(some, code(careful ? load(buffer + i) : load_some(x + i, n - i), i));
+        store_codes(some, code(careful ? load(buffer + i) : load_some(x + i, n - i)));
         memcpy(codes + i, some, n - i);
     }
     if (BITS == 4) pack(out, wide, n);
@@ -75,7 +74,7 @@ template <class F> static void each_block(const Rows& r, F work) {
 template <class T> static void quantize(const Rows& r, const T* x, uint8_t* codes, float* scales) {
     each_block(r, [&](const Place& b) {
         uint64_t row_start = r.start + b.row * r.cols;
-        quantize_block(x + b.row * r.cols + b.at, codes + b.codes, scales + b.scale, b.n, row_keys(r.key, row_start, 0),
+        quantize_block(x + b.row * r.cols + b.at, codes + b.codes, scales + b.scale, b.n, row_key(r.key, row_start, 0),
                        (uint32_t)(row_start + b.at));
     });
 }

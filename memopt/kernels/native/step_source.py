@@ -117,10 +117,12 @@ class _Body:
         for j, stored in enumerate(self.kind.stored):
             lines += self._open_codec(j, stored) if isinstance(stored, Codec) else self._open_plain(j, stored)
         lines += [f"vf sum{k} = {{}};" for k in range(len(self.sums))]
-        lines += self._each_segment(self._segment_scales(), self._element, self._segment_maxima())
+        before = [*self._open_words(self._early_slots), *self._segment_scales()]
+        lines += self._each_segment(before, self._element, self._segment_maxima())
         if self.coded:
             lines += self._between()
-            lines += self._each_segment(self._segment_inverses(), self._second_element, [])
+            before = [*self._open_words(self._late_slots), *self._segment_inverses()]
+            lines += self._each_segment(before, self._second_element, [])
             if self.late is not None:
                 lines.append("if (__builtin_expect(rare, 0)) memcpy(param, kept, n * sizeof(P));")
         for j in self.coded:
@@ -154,7 +156,7 @@ class _Body:
     def _draws(self) -> list[str]:
         lines = []
         for draw in sorted({slot // 2 for slot in self.kind.noisy}):
-            lines.append(f"Keys keys{draw} = row_keys(t.key, t.start + row * t.cols, {draw});")
+            lines.append(f"uint32_t key{draw} = row_key(t.key, t.start + row * t.cols, {draw});")
         if lines:
             lines.insert(0, "uint32_t index = (uint32_t)(t.start + row * t.cols + col);")
         return lines
@@ -229,10 +231,26 @@ class _Body:
     def _segment_maxima(self) -> list[str]:
         return [f"maxima{j}[k{j}] = maximum{j};" for j in self.kind.quantised]
 
+    @property
+    def _early_slots(self) -> list[int]:
+        """Slots whose random numbers the first pass may need: those of plain states, and an early parameter's."""
+        plain = [j for j in self.news if j not in self.kind.quantised]
+        return [*plain, *([len(self.kind.stored)] if self.late is None and self.param else [])]
+
+    @property
+    def _late_slots(self) -> list[int]:
+        return [*self.coded, *([] if self.late is None else [len(self.kind.stored)])]
+
+    def _draws_of(self, slots: Iterable[int]) -> list[int]:
+        return sorted({slot // 2 for slot in slots if slot in self.kind.noisy})
+
+    def _open_words(self, slots: Iterable[int]) -> list[str]:
+        """Where a loop over elements begins: the generators of the random words that its slots need."""
+        return [f"Words words{draw}(key{draw}, index + from);" for draw in self._draws_of(slots)]
+
     def _words(self, slots: Iterable[int]) -> list[str]:
         """The random words of some slots that need them."""
-        draws = sorted({slot // 2 for slot in slots if slot in self.kind.noisy})
-        return [f"vu w{draw} = random_words(keys{draw}, index + j);" for draw in draws]
+        return [f"vu w{draw} = words{draw}.next();" for draw in self._draws_of(slots)]
 
     def _element(self, tail: bool) -> list[str]:
         """The first pass: decode, update, keep the new states for the second, store what has no codec."""
@@ -250,8 +268,7 @@ class _Body:
                 lines.append(f"vf s{j} = value{j}(load_bytes(codes{j} + j));")
             else:
                 lines.append(f"vf s{j} = decode_{j}(load_codes{some}(codes{j} + j{extra}), c{j});")
-        plain = [j for j in self.news if j not in kind.quantised]
-        lines += [*self.lines, *self._words([*plain, *([count] if early and self.param else [])])]
+        lines += [*self.lines, *self._words(self._early_slots)]
         for j, name in self.news.items():
             if j in kind.quantised:
                 value = f"first_lanes({name}, m)" if tail else name
@@ -267,9 +284,9 @@ class _Body:
 
     def _second_element(self, tail: bool) -> list[str]:
         """The second pass: encode the new states, and update the parameter where nothing else is needed for it."""
-        kind, count = self.kind, len(self.kind.stored)
+        kind = self.kind
         lines = [] if tail or self.late is None else [f"prefetch(param + j + {PREFETCH});"]
-        lines += self._words([*self.coded, *([] if self.late is None else [count])])
+        lines += self._words(self._late_slots)
         for j in self.coded:
             noise = f"noise_of(w{j // 2}, {j})" if j in kind.noisy else "splat(0)"
             lines += [f"vf n{j} = load(new{j} + j);", f"vf e{j} = encode_{j}(n{j}, inverse{j}, {noise});"]
@@ -314,7 +331,8 @@ class _Body:
             lines.append(f"P kept[{2 * self.tile}];")
         lines.append("if (__builtin_expect(rare, 0)) {")
         if self.late is not None:
-            lines += [*self._each_segment([], self._late_element, []), "memcpy(kept, param, n * sizeof(P));"]
+            before = self._open_words([len(self.kind.stored)])
+            lines += [*self._each_segment(before, self._late_element, []), "memcpy(kept, param, n * sizeof(P));"]
         lines += [
             f"float* const states[] = {{{', '.join(f'new{j}' for j in self.coded)}}};",
             f"start_anew(states, {len(self.coded)}, n);",

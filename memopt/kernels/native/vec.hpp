@@ -79,12 +79,20 @@ INLINE vf vsqrt_fast(vf x) {
 #if MEMOPT_AVX512 || MEMOPT_AVX2
     x = vmax(x, splat(1e-30f));
     vf r = rsqrt_estimate(x), s = x * r;
-    return fma(splat(0.5f) * r, fma(-s, s, x), s);
+    return fma(as_f(as_u(r) - splat_u(0x800000u)), fma(-s, s, x), s);  // r / 2 by its exponent: products are scarce
 #else
     return vsqrt(vmax(x, splat(0)));
 #endif
 }
-// The fourth root to 2**-13 for x >= 1.
+// The same to 2**-11 for x > 0.
+INLINE vf vsqrt_rough(vf x) {
+#if MEMOPT_AVX512 || MEMOPT_AVX2
+    return x * rsqrt_estimate(x);
+#else
+    return vsqrt(x);
+#endif
+}
+// The fourth root to 2**-13 for x > 0.
 INLINE vf vroot4_fast(vf x) {
 #if MEMOPT_AVX512
     return rsqrt_estimate(rsqrt_estimate(x));
@@ -92,6 +100,7 @@ INLINE vf vroot4_fast(vf x) {
     return vsqrt_fast(vsqrt_fast(x));
 #endif
 }
+INLINE vf vstep_down(vf x, vf d) { return as_f(as_u(x) + (vu)((vi)d >> 31)); }
 INLINE vf vexp(vf x) {
     for (int i = 0; i < W; i++) x[i] = std::exp(x[i]);
     return x;
@@ -155,27 +164,32 @@ INLINE vf load_codes_some(const uint8_t* p, int n) {
 }
 
 // ---- random numbers: see memopt/kernels/hashing.py ----
-struct Keys { uint32_t first, second; };
 INLINE uint64_t mix64(uint64_t x) {
     x += 0x9E3779B97F4A7C15ull;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
-INLINE Keys row_keys(uint64_t base, uint64_t row_start, uint64_t draw) {
-    uint64_t key = mix64(base ^ ((row_start >> 32) * 2 + 1 + (draw << 33)));
-    return {(uint32_t)key, (uint32_t)(key >> 32)};
+INLINE uint32_t row_key(uint64_t base, uint64_t row_start, uint64_t draw) {
+    return mix64(base ^ ((row_start >> 32) * 2 + 1 + (draw << 33))) >> 32;
 }
-// word of the elements first, first + 1, ...
-INLINE vu random_words(Keys keys, uint32_t first) {
-    vu h = lanes() * splat_u(0x9E3779B1u) + splat_u(first * 0x9E3779B1u + keys.first);
-    h = (h ^ (h >> 16)) * splat_u(0x85EBCA6Bu) + splat_u(keys.second);
-    return h ^ (h >> 15);
+// The words of the elements first, first + 1, ..., then of the W elements after those, and so on.
+struct Words {
+    vu at;
+    inline __attribute__((always_inline)) Words(uint32_t key, uint32_t first)
+        : at(lanes() * splat_u(0x9E3779B1u) + splat_u(first * 0x9E3779B1u + key)) {}
+    inline __attribute__((always_inline)) vu next() {
+        vu h = (at ^ (at >> 16)) * splat_u(0x85EBCA6Bu);
+        at = at + splat_u(W * 0x9E3779B1u);
+        return h ^ (h >> 15);
+    }
+};
+// the noise of a slot, in [-1/2, 1/2), and its 16 bits
+INLINE vf noise_of(vu word, int slot) {
+    vu bits = slot % 2 ? word >> 9 : word & splat_u(0x7fffffu);
+    return as_f(bits | splat_u(0x3f800000u)) - splat(1.5f);
 }
-// the word of a slot: of draw slot / 2, turned by 16 bits when the slot is odd
-INLINE vu turned(vu word, int slot) { return slot % 2 ? (word << 16) | (word >> 16) : word; }
-INLINE vf noise_of(vu word, int slot) { return to_float((vi)turned(word, slot)); }
-INLINE vu half_of(vu word, int slot) { return turned(word, slot) >> 16; }
+INLINE vu half_of(vu word, int slot) { return slot % 2 ? word >> 16 : word & splat_u(0xffffu); }
 
 // ---- scales: see memopt/kernels/quantize_torch.py ----
 // The largest magnitude is kept as bits, so that infinities and NaN win.
