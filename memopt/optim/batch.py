@@ -14,7 +14,7 @@ from memopt.kernels import Quantized, State, Update
 from memopt.optim import kahan, sharding
 from memopt.optim.formats.base import Plain, StateFormat
 from memopt.optim.formats.fp32 import FORMAT as FP32
-from memopt.optim.layout import Extent, Shape, as_rows
+from memopt.optim.layout import Extent, Shape, as_rows, is_flat
 
 if TYPE_CHECKING:
     from memopt.kernels.native.step import Launch
@@ -104,7 +104,10 @@ class Slot:
         kept_by, extent = self.kept(spec)
         shape = extent.shape
         complete = kept_by.allocate(spec, torch.empty(shape, device="meta"), Extent(shape, shape))
-        return {key: sharding.like(self.param, part, tuple(complete[key].shape)) for key, part in parts.items()}
+        flat = True if is_flat(extent, kept_by.block) and kept_by.block else None
+        return {
+            key: sharding.like(self.param, part, tuple(complete[key].shape), cut=flat) for key, part in parts.items()
+        }
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as the kernels take it beside this slot's states."""

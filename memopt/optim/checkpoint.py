@@ -141,18 +141,18 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
     for spec in slot.specs:
         kept_by, extent = slot.kept(spec)
         plain = stored.get(spec.name)
+        slot.write(spec, 0.0)
         if isinstance(plain, Tensor):
-            value = sharding.kept_of(plain, slot.param)
+            value = sharding.kept_of(plain, slot.stored.get(spec.name, slot.param))
             _expect(spec.name, value, extent.local, None)
             slot.write(spec, torch.empty_like(slot.blank(spec), dtype=torch.float32).copy_(value))
             taken.add(spec.name)
             continue
-        slot.write(spec, 0.0)
         for key in kept_by.keys(spec):
             found, target = stored.get(key), slot.held[key]
             if not isinstance(found, Tensor):
                 raise ValueError(f"it has no {key}")
-            value = sharding.kept_of(found, slot.param)
+            value = sharding.kept_of(found, slot.stored[key])
             _expect(key, value, tuple(target.shape), target.dtype)
             target.copy_(value)
             taken.add(key)

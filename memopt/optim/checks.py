@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 Group = Mapping[str, Any]
+
+_LARGEST = sys.float_info.max
 
 
 def number(value: Any, name: str, accepts: Callable[[float], bool], wanted: str) -> float:
@@ -19,7 +22,7 @@ def number(value: Any, name: str, accepts: Callable[[float], bool], wanted: str)
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-    if not accepts(value):
+    if not abs(value) <= _LARGEST or not accepts(value):
         raise ValueError(f"{name} is {value!r}; it must be {wanted}")
     return float(value)
 
@@ -44,11 +47,16 @@ def fraction(group: Group, *names: str) -> None:
 
 def fractions(group: Group, name: str, count: int) -> None:
     """The named option is a sequence of ``count`` numbers in [0, 1), as ``betas`` are."""
+    numbers(group, name, count, lambda v: 0 <= v < 1, "numbers from 0 up to, not including, 1")
+
+
+def numbers(group: Group, name: str, count: int, accepts: Callable[[float], bool], wanted: str) -> None:
+    """The named option is a sequence of ``count`` numbers that ``accepts`` takes."""
     values = group[name]
     if not isinstance(values, (tuple, list)) or len(values) != count:
-        raise ValueError(f"{name} is {values!r}; it must be {count} numbers from 0 up to, not including, 1")
+        raise ValueError(f"{name} is {values!r}; it must be {count} {wanted}")
     for i, value in enumerate(values):
-        number(value, f"{name}[{i}]", lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+        number(value, f"{name}[{i}]", accepts, f"one of {count} {wanted}")
 
 
 def flag(group: Group, *names: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ class Alone:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self.homes: dict[Tensor, tuple[int, int]] = {}  # positions of the group and of the parameter
         for number, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
@@ -36,7 +37,7 @@ class Alone:
         Raises:
             RuntimeError: the optimizer counts steps in its groups, which would now count parameters.
         """
-        optimizer = cast(Any, self._optimizer)
+        optimizer = cast(Any, self.optimizer)
         place, number = self.homes[param]
         group = optimizer.param_groups[place]
         alone = {**group, "params": [param]}
@@ -71,7 +72,7 @@ class GradientRelease:
         self._alone = Alone(optimizer)
         self._clip_value = clip_value
         self._adding = 0
-        self._alive = True
+        self._removed = threading.Event()  # shared with a hook that outlives this
         self._wrapped = isinstance(data_parallel, torch.nn.parallel.DistributedDataParallel)
         self._module = data_parallel if self._wrapped else None
         self._group = None if self._wrapped or data_parallel is False else data_parallel
@@ -81,7 +82,8 @@ class GradientRelease:
         # tensors hold their hooks where Python's collector does not look: through these nothing may be kept alive
         alive = weakref.ref(self)
         if self._wrapped:
-            data_parallel.register_comm_hook(None, lambda state, bucket: _living(alive)._on_bucket(bucket))
+            removed, group = self._removed, data_parallel.process_group
+            data_parallel.register_comm_hook(None, lambda _, bucket: _reduce(bucket, group, removed, alive))
         else:
             for param in self._alone.homes:
                 hook = cast(Any, param).register_post_accumulate_grad_hook(lambda p: _living(alive)._on_gradient(p))
@@ -105,10 +107,13 @@ class GradientRelease:
 
     def remove(self) -> None:
         """Take the hooks away; ``backward`` and ``optimizer.step`` are the ordinary ones again."""
-        self._alive = False
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._removed.set()
+        optimizer = cast(Any, self._alone.optimizer)
+        if getattr(optimizer, "_released", None) is self:
+            del optimizer._released
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -120,30 +125,21 @@ class GradientRelease:
         if self._adding or param.grad is None:
             return
         if self._group is not None and not is_sharded(param):
-            dist.all_reduce(param.grad, group=self._group)
-            param.grad.div_(self._group.size())
+            _average(param.grad, self._group)
         self._update(param)
 
-    def _on_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Average a bucket, which is what DistributedDataParallel wants of its hook, and update its parameters."""
-        buffer, module = bucket.buffer(), cast(Any, self._module)
-        dist.all_reduce(buffer, group=module.process_group)
-        buffer.div_(module.process_group.size())
-        if self._alive:
-            with torch.no_grad():
-                for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                    if param in self._alone.homes:
-                        param.grad = gradient
-                        self._update(param)
-            if not self._clearing:
-                self._clearing = True
-                engine = torch.autograd.Variable._execution_engine
-                # the wrapper hands out gradients in a callback of its own, queued after this hook returns
-                engine.queue_callback(lambda: engine.queue_callback(self._clear))
-        devices = [] if buffer.device.type == "cpu" else [buffer.device]
-        done: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-        done.set_result(buffer)
-        return done
+    def _on_bucket(self, bucket: Any) -> None:
+        """Update the parameters of a bucket of averaged gradients."""
+        with torch.no_grad():
+            for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                if param in self._alone.homes:
+                    param.grad = gradient
+                    self._update(param)
+        if not self._clearing:
+            self._clearing = True
+            engine = torch.autograd.Variable._execution_engine
+            # the wrapper hands out gradients in a callback of its own, queued after this hook returns
+            engine.queue_callback(lambda: engine.queue_callback(self._clear))
 
     def _clear(self) -> None:
         self._clearing = False
@@ -155,6 +151,26 @@ class GradientRelease:
             param.grad = cast(Tensor, param.grad).clamp_(-self._clip_value, self._clip_value)
         self._alone.step(param)
         param.grad = None
+
+
+def _average(gradient: Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_reduce(gradient, group=group)
+    gradient.div_(group.size())
+
+
+def _reduce(
+    bucket: Any, group: dist.ProcessGroup, removed: threading.Event, alive: weakref.ref[GradientRelease]
+) -> torch.futures.Future[Tensor]:
+    """What DistributedDataParallel wants of its hook: a future of the averaged bucket."""
+    buffer = bucket.buffer()
+    _average(buffer, group)
+    if not removed.is_set():  # a wrapper's hook cannot be taken away: from then on it only averages
+        _living(alive)._on_bucket(bucket)
+    done: torch.futures.Future[Tensor] = torch.futures.Future(
+        devices=[] if buffer.device.type == "cpu" else [buffer.device]
+    )
+    done.set_result(buffer)
+    return done
 
 
 def _living(handle: weakref.ref[GradientRelease]) -> GradientRelease:
@@ -229,6 +245,10 @@ def release_gradients(
     if isinstance(optimizer, Nested):
         raise ValueError(
             f"{name} already keeps few gradients and counts its steps; release_gradients takes an ordinary optimizer"
+        )
+    if getattr(optimizer, "_released", None) is not None:
+        raise ValueError(
+            f"the gradients of this {name} are released already; call remove() on the handle returned before"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS needs all gradients at once; they cannot be released one by one")

@@ -200,8 +200,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         """How a parameter's states are kept, without allocating them; ``stored`` holds, or will hold, them."""
         extent = sharding.extent_of(param)
         chosen = format_for(group["state"], extent)
-        if chosen.block and sharding.is_sharded(param) and is_flat(extent, chosen.block):
-            # one flat row, whose blocks would not end where the parts do: every rank keeps the whole state
+        flat = chosen.block and sharding.is_sharded(param) and is_flat(extent, chosen.block)
+        if flat and not sharding.cuts_between(param, chosen.block):
+            # one flat row, whose blocks do not end where the parts do: every rank keeps the whole state
             param = sharding.stand_in(param)
             extent = Extent(tuple(param.shape), tuple(param.shape))
         specs = self.states(group, param)

@@ -64,6 +64,21 @@ def extent_of(param: Tensor) -> Extent:
     return Extent((*param.shape[:1], *local[1:]), local)
 
 
+def cuts_between(param: Tensor, block: int) -> bool:
+    """Whether ranks hold equal parts of a parameter, all of them whole blocks of ``block`` elements: its states as one
+    flat row can then be cut as it is. Decided by the whole shape and the mesh, alike on every rank.
+    """
+    from torch.distributed.tensor import Shard
+
+    one = cast(Any, param)
+    cut = [(placement, size) for placement, size in zip(one.placements, one.device_mesh.shape, strict=True)
+           if not placement.is_replicate()]  # fmt: skip
+    if len(cut) != 1 or cut[0][0] != Shard(0) or param.numel() > 2**32:  # beyond, random numbers go by the row's start
+        return False
+    parts: int = cut[0][1]
+    return param.shape[0] % parts == 0 and param.numel() // parts % block == 0
+
+
 def offset_of(param: Tensor) -> int:
     """Index, in the flattened whole parameter, of the first element held here; 0 for an ordinary tensor."""
     if not is_sharded(param):
@@ -78,14 +93,15 @@ def offset_of(param: Tensor) -> int:
     return index
 
 
-def like(param: Tensor, local: Tensor, shape: Shape) -> Tensor:
+def like(param: Tensor, local: Tensor, shape: Shape, *, cut: bool | None = None) -> Tensor:
     """A state's local part as a tensor that checkpoints can reshard.
 
     Args:
         param: the parameter the state belongs to.
-        local: the state's part on this rank. Its first dimension is the parameter's, or something else, of which every
-            rank that shares rows has the whole.
+        local: the state's part on this rank. Its first dimension is cut as the parameter's, or the same on every rank
+            that shares rows.
         shape: the whole state's shape.
+        cut: whether it is cut; by default, whether its first size is the parameter's.
 
     Returns:
         A DTensor with the parameter's placements, sharing memory with ``local``; ``local`` itself for an ordinary one.
@@ -96,7 +112,7 @@ def like(param: Tensor, local: Tensor, shape: Shape) -> Tensor:
 
     one = cast(Any, param)
     placements = one.placements
-    if shape[:1] != param.shape[:1]:
+    if not (shape[:1] == param.shape[:1] if cut is None else cut):
         placements = [Replicate() if placement.is_shard(0) else placement for placement in placements]
     stride = torch.empty(shape, device="meta").stride()
     return cast(
@@ -116,9 +132,11 @@ def gather(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor).full_tensor()).detach().clone()
 
 
-def kept_of(saved: Tensor, param: Tensor) -> Tensor:
-    """Of a saved state what is kept here for ``param``: the part of a sharded one, the whole for an ordinary one."""
-    return gather(saved) if is_sharded(saved) and not is_sharded(param) else local_of(saved)
+def kept_of(saved: Tensor, target: Tensor) -> Tensor:
+    """Of a saved state what is kept here in ``target``: the part of a sharded one, the whole of an ordinary one."""
+    if is_sharded(saved):
+        return local_of(saved) if is_sharded(target) else gather(saved)
+    return part_of(saved, target) if saved.shape == target.shape else saved.detach()
 
 
 def gather_like(part: Tensor, param: Tensor) -> Tensor:

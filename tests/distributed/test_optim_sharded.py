@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
         "conv": (11, 33, 3, 3),
         "long_bias": (9001,),
         "short_rows": (300, 50),
+        "even_bias": (12288,),
+        "even_short_rows": (192, 64),
         "matrix": (259, 300),
     }
 
@@ -246,6 +249,25 @@ def from_torch(rank: int, state: str, sharded: bool) -> dict[str, Tensor]:
 def test_sharded_states_of_torch_are_taken_over(state: str) -> None:
     expected = from_torch(0, state, False)
     for got in run_ranks(from_torch, 2, state, True):
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
+
+
+def from_one_rank(rank: int, saved: dict[str, Any], *made: Any) -> dict[str, Tensor]:
+    """The whole state dict of an unsharded run, loaded as it is."""
+    model, optimizer = build(*made, True, shapes())
+    advance(model, optimizer, range(2))
+    optimizer.load_state_dict(saved)
+    return advance(model, optimizer, range(2, 4))
+
+
+def test_a_whole_state_dict_loads_into_a_sharded_optimizer() -> None:
+    made = ("AdamW", torch.float32, {"state": "4bit-paper"})
+    model, optimizer = build(*made, False, shapes())
+    advance(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = advance(model, optimizer, range(2, 4))
+    for got in run_ranks(from_one_rank, 2, saved, *made):
         for name, value in expected.items():
             assert torch.equal(got[name], value), name
 

@@ -214,6 +214,19 @@ def test_optimizers_that_cannot_are_refused_by_name() -> None:
         loss_of(model, 0).backward()
 
 
+def test_gradients_are_released_to_one_handle_at_a_time() -> None:
+    model = tiny()
+    optimizer = AdamW8bit(model.parameters())
+    for _ in range(2):
+        handle = release_gradients(optimizer)
+        with pytest.raises(ValueError, match="AdamW8bit are released already; call remove"):
+            release_gradients(optimizer)
+        handle.remove()
+        assert not hasattr(optimizer, "_released")
+    loss_of(model, 0).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_dropped_optimizer_takes_nothing_with_it_and_is_missed() -> None:
     model = tiny()
     optimizer = AdamW8bit(model.parameters())

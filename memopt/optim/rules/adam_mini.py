@@ -12,6 +12,7 @@ from memopt.kernels import State, Update
 from memopt.optim import checks, sharding
 from memopt.optim.attention import query_and_key_weights
 from memopt.optim.batch import Batch, Slot, SmallState
+from memopt.optim.layout import is_flat
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.rules.adamw import EXP_AVG, adam_scalars
 
@@ -58,6 +59,15 @@ def mini_groups(model: nn.Module) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def _block_sums(grad: Tensor, count: int) -> Tensor:
+    """The sums of squares, fp32, over ``count`` equal blocks of rows; no copy whatever the strides."""
+    if count == 0:
+        return grad.new_zeros(0, dtype=torch.float32)
+    blocks: Tensor = torch.unflatten(grad, 0, (count, -1)) if grad.dim() else grad.view(1, 1)
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=tuple(range(1, blocks.dim())), dtype=torch.float32)
+    return norms.square_()
+
+
 class AdamMini(RuleOptimizer):
     """AdamW with one second moment for each block of a parameter: its mean over the block.
 
@@ -81,7 +91,8 @@ class AdamMini(RuleOptimizer):
             None: 1, and 0 for one-dimensional parameters.
         **common: ``state`` and the other options of :class:`memopt.optim.RuleOptimizer`.
 
-    State: 4 bytes a parameter in fp32, 1.02 in 8bit, 0.53 in 4bit, and 4 bytes a block.
+    State: 4 bytes a parameter in fp32, 1.02 in 8bit, 0.53 in 4bit, and 4 bytes a block. Temporaries: less than 1 MiB,
+    but 4 bytes an element of one parameter at a time where rows are shorter than the format's block.
     """
 
     rule = "adamini"
@@ -116,7 +127,10 @@ class AdamMini(RuleOptimizer):
 
     def update(self, batch: Batch) -> None:
         scalars = adam_scalars(batch.group, batch.step, batch.grad_scale)
-        batch.run(ADAMINI, scalars, given={"denominator": self._denominators(batch, scalars)})
+        # short rows are handed over as one, for which their denominators are written out: one parameter at a time
+        flat = any(slot.param.dim() > 1 and is_flat(slot.extent, slot.format.block) for slot in batch.slots)
+        for one in batch.each() if flat else [batch]:
+            one.run(ADAMINI, scalars, given={"denominator": self._denominators(one, scalars)})
 
     def _denominators(self, batch: Batch, scalars: Mapping[str, float]) -> list[Tensor]:
         """Advances the blocks' moments; each parameter's denominators, broadcast to its shape without a copy."""
@@ -131,8 +145,7 @@ class AdamMini(RuleOptimizer):
             if grad.numel() == 0:
                 found.append(torch.empty_like(grad, dtype=torch.float32))
                 continue
-            blocks = grad.reshape(moment.numel(), -1)
-            mean = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32).square_().div_(blocks.shape[1])
+            mean = _block_sums(grad, moment.numel()).div_(grad.numel() // moment.numel())
             moment.mul_(scalars["beta2"]).add_(mean, alpha=scalars["beta2_comp"] * batch.grad_scale**2)
             root = moment.sqrt().mul_(scalars["sqrt_bias2_inv"]).add_(scalars["eps"])
             if root.numel() > 1:
@@ -147,8 +160,8 @@ class AdamMini(RuleOptimizer):
         row_size = slot.extent.numel // rows
         first = sharding.offset_of(slot.param) // row_size
         block = torch.arange(first, first + grad.shape[0], device=grad.device) * count // rows
-        squares = torch.linalg.vector_norm(grad.reshape(grad.shape[0], row_size), dim=1, dtype=torch.float32).square_()
-        sums = sharding.reduce_sum(torch.zeros_like(moment).index_add_(0, block, squares), slot.param)
+        squares = torch.zeros_like(moment).index_add_(0, block, _block_sums(grad, grad.shape[0]))
+        sums = sharding.reduce_sum(squares, slot.param)
         moment.mul_(scalars["beta2"]).add_(
             sums, alpha=scalars["beta2_comp"] * scalars["grad_scale"] ** 2 * count / slot.extent.numel
         )

@@ -65,7 +65,9 @@ class Muon(RuleOptimizer):
         adjust_lr_fn: ``"original"``: ``sqrt(max(1, rows / columns))``; ``"match_rms_adamw"``:
             ``0.2 sqrt(max(rows, columns))``, with which AdamW's learning rate and decay fit.
         use_muon: None: matrices by Muon and the rest by AdamW; True or False decides for the whole group.
-        adamw_lr, adamw_betas, adamw_eps: AdamW's options; ``adamw_lr=None`` takes ``lr``.
+        adamw_lr: AdamW's learning rate; None: ``lr``.
+        adamw_betas: AdamW's.
+        adamw_eps: AdamW's.
         **common: ``state`` and the other options of :class:`memopt.optim.RuleOptimizer`.
 
     State of a matrix: 4 bytes a parameter in fp32, 1.02 in 8bit, 0.53 in 4bit. Temporaries: the decoded momentum and
@@ -123,8 +125,7 @@ def check_matrix_options(group: Mapping[str, Any]) -> None:
     checks.fraction(group, "momentum")
     checks.fractions(group, "adamw_betas", 2)
     checks.whole(group, "ns_steps", minimum=1)
-    if len(group["ns_coefficients"]) != 3:
-        raise ValueError(f"ns_coefficients is {group['ns_coefficients']!r}; it must be three numbers")
+    checks.numbers(group, "ns_coefficients", 3, math.isfinite, "finite numbers")
     checks.one_of(group, "use_muon", (None, True, False))
     if group["adamw_lr"] is not None:
         checks.non_negative(group, "adamw_lr")
