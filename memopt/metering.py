@@ -40,7 +40,12 @@ class Sample:
 
 
 class Meter:
-    """Measures from ``with`` to its end; the figures are there after it.
+    """Measures from ``with`` to its end; the figures are there after it. :func:`memopt.meter` makes it.
+
+    Args:
+        model: count the weights, buffers and gradients of this module (or these) only.
+        optimizer: count the state of this optimizer (or these) only.
+        device: device type to count; default: the one that holds most of the weights.
 
     Attributes:
         peak_bytes: most bytes of tensor storages alive at once on ``device``, the whole step: weights, gradients,

@@ -63,7 +63,10 @@ class LazyHead:
 
 
 class FusedLoss:
-    """A fused model; ``remove()`` makes it what it was, as does leaving a ``with`` block."""
+    """A fused ``model``; ``remove()`` makes it what it was, as does leaving a ``with`` block.
+
+    :func:`fuse_loss` makes it; ``head`` and ``options`` are what it was given.
+    """
 
     def __init__(self, model: nn.Module, head: str | nn.Module | None, options: dict[str, Any]) -> None:
         self.model, self.head, self.options = model, head, options

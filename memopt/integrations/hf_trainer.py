@@ -141,7 +141,12 @@ def equip(
         optimizer: a name such as "adamw8bit" (see ``memopt.optim.make``). Learning rate, and for Adam, AdamW and
             AdamMini betas and epsilon, come from the TrainingArguments; weight decay comes with the Trainer's parameter
             groups. None: the Trainer's own choice, or the object that it was given as ``optimizers=``.
-        budget, hardware, fuse_loss, loss_options, meter, report: see :class:`MemoptCallback`.
+        budget: bytes of the whole step, as an integer or text such as "20GiB"; None: no plan.
+        hardware: "auto" for this machine, a name from the table, a JSON file, or a ``Hardware``.
+        fuse_loss: compute the loss without logits (:func:`memopt.fuse_loss`).
+        loss_options: for :func:`memopt.fuse_loss`.
+        meter: measure one step, the third; that step takes up to twice as long.
+        report: print the plan when it is made, and predicted and measured memory when training ends.
         options: more options of the optimizer, before those of the TrainingArguments.
 
     Returns:

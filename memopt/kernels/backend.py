@@ -14,7 +14,13 @@ BACKENDS = ("torch", "triton", "native")
 def choose_backend(device: torch.device) -> str:
     """``"native"`` on a CPU with a C++ compiler, ``"triton"`` on CUDA, ROCm and XPU, else ``"torch"``.
 
-    ``MEMOPT_KERNELS=torch|triton|native`` forces one; ValueError where it cannot run on the device.
+    ``MEMOPT_KERNELS=torch|triton|native`` forces one.
+
+    Args:
+        device: where the tensors are.
+
+    Raises:
+        ValueError: the one that is forced is unknown or cannot run on the device.
     """
     forced = os.environ.get("MEMOPT_KERNELS", "")
     kind = device.type

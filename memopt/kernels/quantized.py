@@ -64,7 +64,9 @@ def quantize_blockwise(
         x: float32, bfloat16 or float16, any shape and strides.
         codec: a :class:`Codec` or its registered name.
         rounding: ``"nearest"`` (exactly) or ``"stochastic"`` (unbiased to ``2**-16`` of a cell).
-        seed, step, number: what the random numbers depend on, besides the element's index.
+        seed: what the random numbers depend on, with ``step``, ``number`` and the element's index.
+        step: of training.
+        number: of the tensor.
         offset: the global index of ``x``'s first element, when ``x`` is some of the rows of a larger tensor.
         out: of the shape, codec and device, to write into; fresh memory costs more than the arithmetic.
 

@@ -44,7 +44,8 @@ def step(
             :class:`~memopt.kernels.Quantized`.
         codecs: for each state its codec (or its name), None where the tensors are plain.
         scalars: the rule's numbers by name, the same for all parameters of the call.
-        seed, step: with the parameter's number and the element's global index, what the random numbers depend on.
+        seed: what the random numbers depend on, with the step, the parameter's number and the element's global index.
+        step: the number of this step.
         numbers: the number of each parameter in the model, so that calls may be grouped freely; default 0, 1, ...
         offsets: the global index of the first element of each parameter, where it holds some of the rows of a
             sharded one; default 0.
@@ -84,7 +85,25 @@ def step_request(
     roundings: Sequence[str | None] | None = None,
     param_rounding: str = "nearest",
 ) -> StepRequest:
-    """The checked arguments of :func:`step`."""
+    """The checked arguments of :func:`step`, whose docstring says what each of them is.
+
+    Args:
+        update: the rule.
+        params: the parameters.
+        grads: their gradients.
+        states: for each state, one entry per parameter.
+        codecs: for each state its codec, or None.
+        scalars: the rule's numbers by name.
+        seed: of the random numbers.
+        step: the number of this step.
+        numbers: of the parameters in the model.
+        offsets: global index of each parameter's first element.
+        roundings: for each state.
+        param_rounding: of parameters below 32 bits.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message says which.
+    """
     chosen = tuple(None if c is None else get_codec(c) for c in codecs)
     given = tuple(roundings) if roundings is not None else (None,) * len(chosen)
     request = StepRequest(

@@ -13,7 +13,12 @@ from memopt.kernels.expr import element, scalar
 
 @dataclass(frozen=True)
 class State:
-    """One state of a rule; ``signed`` tells which codecs fit."""
+    """One state of a rule.
+
+    Args:
+        name: under which ``optimizer.state[p]`` holds it.
+        signed: whether it takes negative values; tells which codecs fit.
+    """
 
     name: str
     signed: bool = True

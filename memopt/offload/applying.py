@@ -34,7 +34,14 @@ class PlanLike(Protocol):
 
 
 class Handle:
-    """An applied plan: a context manager, or ``remove()`` it by hand."""
+    """A ``plan`` applied to a ``model``: a context manager, or ``remove()`` it by hand. :func:`apply` makes it.
+
+    Args:
+        model: whose blocks run under the plan.
+        plan: what becomes of their saved storages.
+        folder: of the swap tier ``disk``; None: a temporary one.
+        limit_bytes: most bytes that the swap tier may hold; None: no limit.
+    """
 
     def __init__(self, model: nn.Module, plan: PlanLike, folder: Any, limit_bytes: int | None) -> None:
         self.model, self.plan = model, plan

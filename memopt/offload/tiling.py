@@ -19,7 +19,10 @@ _SLACK = 64
 
 
 class Tiled:
-    """A module that runs in tiles, until ``remove()``; also a context manager."""
+    """A ``module`` that runs in ``chunks`` tiles along ``dim``, until ``remove()``; also a context manager.
+
+    :func:`memopt.offload.tile` makes it; ``recompute`` says that backward runs each tile again.
+    """
 
     def __init__(self, module: nn.Module, chunks: int, dim: int, recompute: bool) -> None:
         self.module, self.chunks, self.dim, self.recompute = module, chunks, dim, recompute
@@ -123,7 +126,9 @@ def blockwise_attention(
     flash attention is at hand. Under ``is_causal`` a block sees the keys up to its own last query only.
 
     Args:
-        query, key, value: (..., queries, width), (..., keys, width), (..., keys, value width).
+        query: (..., queries, width).
+        key: (..., keys, width).
+        value: (..., keys, value width).
         chunks: blocks of queries.
         is_causal: query i sees key j where j - i <= keys - queries (aligned at the ends).
         scale: of the scores; by default 1 / sqrt(width).

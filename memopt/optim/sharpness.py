@@ -100,9 +100,10 @@ def blockwise_lr(
         ValueError: no attention module was found and ``kinds`` is not given; a name or a kind that does not exist; a
             parameter of ``groups`` that is not the model's.
 
-    >>> layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)
-    >>> [(group["lr"], len(group["params"])) for group in blockwise_lr(layer, 1.0)]
-    [(4.0, 2), (4.0, 2), (6.0, 4), (1.0, 4)]
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)
+        >>> [(group["lr"], len(group["params"])) for group in blockwise_lr(layer, 1.0)]
+        [(4.0, 2), (4.0, 2), (6.0, 4), (1.0, 4)]
     """
     ratios = {**RATIOS, **(ratios or {})}
     for kind in ratios:

@@ -34,20 +34,33 @@ class Plan:
     temporaries. ``peak_bytes``, the seconds and the timelines come from ``validate``'s simulation, not from a solver.
 
     Attributes:
+        model: its name.
+        model_signature: of its blocks; the runtime compares.
+        dtype: of weights and activations.
+        hardware: that seconds were modelled for.
         status: ``"optimal"``, ``"feasible"`` (fits, not proven best within ``gap``) or ``"infeasible"``.
         method: how the answer was obtained, in words.
         gap: the step can be at most this share faster under any other plan of the model that the solver saw.
         budget_bytes: what was asked for; ``None`` where no limit was given.
         peak_bytes: of the plan; of the smallest plan found where nothing fits.
         peak_at: the operation at the peak.
+        baseline_peak_bytes: of the step without a plan.
         by_category: the bytes at the peak; they sum to ``peak_bytes``.
         smallest_budget_bytes: a budget that does fit, where this one does not.
         binding: what keeps the peak from falling further, in words.
         compute_seconds: forward, backward and optimizer without any action; the step's other seconds are added to it.
+        recompute_seconds: of what runs again.
+        stall_seconds: waited for swapped storages.
+        compression_seconds: of encoding and decoding.
         swap_tier: ``"host"``, ``"disk"`` or ``"none"``.
         swapped_bytes: written to the tier per step; ``host_bytes`` of them at most at a time.
-        passes: forwards and backwards in the step, each under the same actions.
         blocks: the actions, block call by block call; empty where nothing fits.
+        timeline_before: live bytes after every operation without the plan.
+        timeline_after: the same with it.
+        solve_seconds: that planning took.
+        passes: forwards and backwards in the step, each under the same actions.
+        format_version: of the file.
+        memopt_version: that made the plan.
     """
 
     model: str

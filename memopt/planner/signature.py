@@ -75,7 +75,10 @@ def describe(name: str, output: Any) -> Entry | None:
 def block_signature(entries: Iterable[Entry | None]) -> str:
     """Hashes a block call's entries, in the order in which they ran, to 16 hexadecimal digits.
 
-    Equal sequences give equal signatures on every machine and in every run; entries that are None are passed over.
+    Equal sequences give equal signatures on every machine and in every run.
+
+    Args:
+        entries: of the operations; those that are None are passed over.
     """
     digest = hashlib.blake2b(digest_size=8)
     for entry in entries:

@@ -49,7 +49,7 @@ def parse_bytes(size: int | str, argument: str = "budget") -> int:
 
 
 def format_bytes(count: int | float) -> str:
-    """Print bytes with a binary unit and one decimal: ``"512 B"``, ``"1.5 MiB"``, ``"24.0 GiB"``."""
+    """Print ``count`` bytes with a binary unit and one decimal: ``"512 B"``, ``"1.5 MiB"``, ``"24.0 GiB"``."""
     size = float(count)
     if abs(size) < 1024:
         return f"{size:.0f} B"

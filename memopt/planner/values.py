@@ -49,7 +49,17 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Storage:
-    """One allocation: every tensor and view over it counts once."""
+    """One allocation: every tensor and view over it counts once.
+
+    Attributes:
+        id: its place in ``Trace.storages``.
+        bytes: its size.
+        category: what it is for.
+        birth: the first operation during which it is alive.
+        death: the first one after it during which it is not; the number of operations for what outlives the step.
+        producer: the operation that made it, None for what was there before the step.
+        name: of the parameter, or of the operation that made it.
+    """
 
     id: int
     bytes: int
@@ -62,7 +72,20 @@ class Storage:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation of the traced step; ``reads`` and ``writes`` are storage ids."""
+    """One operation of the traced step.
+
+    Attributes:
+        index: its place in ``Trace.ops``.
+        name: of the operator.
+        phase: the part of the step.
+        block: the block call that it belongs to, by its place in ``Trace.blocks``, or None.
+        flops: of products and attention.
+        bytes_read: from its inputs.
+        bytes_written: to its outputs.
+        reads: ids of storages.
+        writes: ids of storages.
+        random: whether it draws random numbers.
+    """
 
     index: int
     name: str
@@ -78,11 +101,12 @@ class Op:
 
 @dataclass(frozen=True)
 class SavedStorage:
-    """A storage that autograd saves inside one call of a block.
+    """A ``storage`` of so many ``bytes``, made by operation ``producer``, that autograd saves inside one call of a block.
 
     ``index`` counts the call's distinct saved storages in the order in which autograd first packs them, leaving out
     parameters, buffers and the storages of the block's inputs: trace and runtime see the same order. ``dtype`` is that
-    of the tensor that autograd packed first, "" where it is not known.
+    of the tensor that autograd packed first, "" where it is not known. ``token_wise`` says that it can be cut along
+    tokens.
     """
 
     index: int
@@ -101,7 +125,8 @@ class Block:
     has a block of the same path and call, and all of them run under one plan.
 
     ``saved_inputs`` are the storages of the call's inputs that autograd saves inside it, in the order in which it first
-    packs them, with numbers of their own; ``saved`` leaves them out.
+    packs them, with numbers of their own; ``saved`` leaves them out. ``forward`` and ``backward`` are half-open ranges
+    of operations, ``inputs`` and ``outputs`` ids of storages; ``signature`` is a hash of what runs in the block.
     """
 
     path: str
@@ -118,7 +143,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Trace:
-    """One training step of a model: what runs, what it allocates, and what backward needs."""
+    """One training step of a model: what runs, what it allocates, and what backward needs.
+
+    Attributes:
+        model: its name.
+        ops: every operation, in the order in which they run.
+        storages: every allocation.
+        blocks: every call of a repeated module.
+        peak_bytes: most bytes alive at once.
+        dtype: of weights and activations.
+        meta: what else is known, by name.
+    """
 
     model: str
     ops: tuple[Op, ...]
@@ -131,7 +166,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class StorageAction:
-    """What the plan does with one saved storage, or with a share of it.
+    """The ``action`` on the saved storage of this ``index`` and ``bytes``, or on a ``fraction`` of it.
+
+    ``format`` is that of a compressed storage.
 
     The shares of a storage add up to 1. Kept and swapped shares are bytes: the first ``moved_bytes`` leave, the rest
     waits in a smaller buffer. A recomputed share below 1 is one of rows, for blocks that run in tiles.
@@ -146,7 +183,7 @@ class StorageAction:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The actions of one call of one block; the runtime checks ``signature``.
+    """The actions of one ``call`` of the block at ``path``; the runtime checks ``signature``.
 
     ``actions`` go by the index of ``Block.saved``, ``inputs`` by that of ``Block.saved_inputs``. Inputs can be kept or
     swapped (out when the block's forward has ended, back at its first replay at the latest) and are kept where not

@@ -10,7 +10,10 @@ from memopt.planner import Buffer, Storage, place
 
 @dataclass(frozen=True)
 class Box:
-    """A storage that lies at ``[offset, offset + bytes)`` of one arena during operations ``[start, stop)``."""
+    """A storage that lies at ``[offset, offset + bytes)`` of one arena during operations ``[start, stop)``.
+
+    ``name`` and ``category`` are what maps show of it.
+    """
 
     start: int
     stop: int
@@ -21,7 +24,7 @@ class Box:
 
 
 def boxes_of(storages: Sequence[Storage], offsets: Sequence[int] | None = None) -> list[Box]:
-    """Boxes for the storages of a trace; without ``offsets`` they are placed first. Empty storages are left out.
+    """Boxes for the ``storages`` of a trace; without ``offsets`` they are placed first. Empty storages are left out.
 
     Raises:
         ValueError: another number of offsets than of storages.

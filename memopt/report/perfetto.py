@@ -25,7 +25,7 @@ def write_perfetto(
     runs: Mapping[str, RunLike],
     maps: Mapping[str, Sequence[Box]] | None = None,
 ) -> None:
-    """Writes one trace of all runs and maps; arguments as for :func:`memopt.report.write_html`.
+    """Writes to ``path`` one trace of all ``runs`` and ``maps``, which are as for :func:`memopt.report.write_html`.
 
     Raises:
         ValueError, TypeError: neither a run nor a map, or a run that is no timeline.

@@ -32,7 +32,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a folder, or None."""
+    """The newest complete checkpoint in ``folder``, or None."""
     found = steps(Path(folder))
     return path_of(Path(folder), found[-1]) if found else None
 

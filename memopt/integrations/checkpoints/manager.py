@@ -64,7 +64,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint held beside tensors: the step it was saved at, and this rank's ``extra``."""
+    """What a checkpoint held beside tensors: the ``step`` it was saved at, and this rank's ``extra``."""
 
     step: int
     extra: Any

@@ -14,7 +14,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in float32, rounded once.
 
     Args:
-        gate, up: one shape and dtype.
+        gate: a tensor in float32, bfloat16 or float16.
+        up: of its shape and dtype.
 
     Returns:
         The product, same shape and dtype.
@@ -28,7 +29,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
-    """gelu(gate) * up, with ``approximate`` "none" or "tanh" as in ``F.gelu``; otherwise as :func:`swiglu`."""
+    """gelu(gate) * up, in float32, rounded once; cost and errors as for :func:`swiglu`.
+
+    Args:
+        gate: a tensor in float32, bfloat16 or float16.
+        up: of its shape and dtype.
+        approximate: "none" or "tanh", as in ``F.gelu``.
+
+    Returns:
+        The product, same shape and dtype.
+    """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
     return _gated(gate, up, f"gelu_{approximate}")

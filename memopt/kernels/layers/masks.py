@@ -29,7 +29,11 @@ def pack_mask(flags: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The booleans of this shape that :func:`pack_mask` packed.
+    """The booleans that :func:`pack_mask` packed.
+
+    Args:
+        packed: its result, uint8, one-dimensional.
+        shape: of the booleans.
 
     Raises:
         ValueError: ``packed`` does not hold that many bits.

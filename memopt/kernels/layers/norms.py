@@ -36,7 +36,18 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, keep
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, keep: str = "input"
 ) -> Tensor:
-    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias along rows; otherwise as :func:`rms_norm`."""
+    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias along the last dimension, in float32, rounded once.
+
+    Args:
+        x: (..., D).
+        weight: (D,) or None for ones.
+        bias: (D,) or None for zeros.
+        eps: added to the variance.
+        keep: what backward works from, "input" or "output", as for :func:`rms_norm`; cost and errors are its too.
+
+    Returns:
+        y, of the shape and dtype of ``x``.
+    """
     return _norm(x, weight, bias, eps, keep, centred=True)
 
 

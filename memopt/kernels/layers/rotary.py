@@ -18,7 +18,8 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -
 
     Args:
         x: (..., D), D even; not a leaf that requires a gradient, as in every operation in place.
-        cos, sin: of the angles, (..., D / 2), broadcast against ``x``; usually (T, D / 2). They get no gradient.
+        cos: of the angles, (..., D / 2), broadcast against ``x``; usually (T, D / 2). It gets no gradient.
+        sin: the same.
 
     Returns:
         ``x``.

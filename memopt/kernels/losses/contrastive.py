@@ -36,7 +36,8 @@ def contrastive_loss(
         loss = 1 / (2 N) * sum_i (lse(z[i, :]) - z[i, i] + lse(z[:, i]) - z[i, i])
 
     Args:
-        queries, keys: (N, D) of one dtype, row i of one belonging to row i of the other; usually normalised.
+        queries: (N, D); usually normalised.
+        keys: (N, D) of the same dtype, row i belonging to row i of the queries.
         logit_scale: a number or a scalar tensor, which gets a gradient.
         chunk_bytes: scratch for similarities; 32 MiB unless given.
         process_group: ranks with N pairs each; every query meets the keys of all ranks, which travel round a ring. Each

@@ -42,10 +42,12 @@ class StateFormat(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What ``state=`` and state dicts call it."""
 
     @property
-    def block(self) -> int: ...
+    def block(self) -> int:
+        """Elements that share a scale, 0 for plain formats."""
 
     def codec(self, spec: State) -> Codec | None:
         """The codec of this state; None where it is a plain tensor."""

@@ -64,7 +64,8 @@ class AdEMAMix(RuleOptimizer):
         lr: learning rate, a float or a tensor of one element.
         betas: decay of the fast mean, of the second moment, and of the slow mean.
         alpha: weight of the slow mean.
-        t_alpha, t_beta3: steps over which ``alpha`` and the third beta reach their values; None: from the start.
+        t_alpha: steps over which ``alpha`` reaches its value; None: from the start.
+        t_beta3: the same for the third beta.
         eps: added to the root of the second moment.
         weight_decay: share of each parameter, times ``lr``, taken off every step.
         **common: ``state`` and the other options of :class:`memopt.optim.RuleOptimizer`.

@@ -41,7 +41,12 @@ class NorMuon(RuleOptimizer):
         beta2: decay of the rows' mean squares.
         eps: added to their roots.
         nesterov: look ahead along the momentum.
-        ns_steps, ns_coefficients, use_muon, adamw_lr, adamw_betas, adamw_eps: as for ``Muon``.
+        ns_steps: Newton-Schulz iterations.
+        ns_coefficients: their three coefficients.
+        use_muon: None: matrices by NorMuon and the rest by AdamW; True or False decides for the whole group.
+        adamw_lr: AdamW's learning rate; None: ``lr``.
+        adamw_betas: AdamW's.
+        adamw_eps: AdamW's.
         **common: ``state`` and the other options of :class:`memopt.optim.RuleOptimizer`.
 
     State of a matrix: Muon's and 4 bytes a row.

@@ -37,7 +37,14 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model without weights, one batch for it as keyword arguments (or a user's own), and how to make the loss."""
+    """A model without weights, and one batch for it.
+
+    Attributes:
+        name: of the preset, the file's folder, or the function.
+        model: on the meta device, unless it is the user's own.
+        inputs: one batch, as keyword arguments or as the user gave it.
+        loss_fn: makes the loss of the model's output; None: the model does so itself.
+    """
 
     name: str
     model: nn.Module

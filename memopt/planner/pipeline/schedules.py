@@ -37,7 +37,9 @@ LARGEST_PLAYED = 8192  # stages x microbatches: a second or two
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """One schedule: the peak of each rank in activations of a microbatch, the bubble's share of a device's time.
+    """One schedule by its ``name``: what it holds and what it wastes.
+
+    ``peak_by_rank`` is in activations of a microbatch, ``bubble`` the share of a device's time.
 
     ``exact`` says that formula and event simulation agree. Where they do not, the figures are the simulation's, and
     ``published`` holds the formula's peak and bubble; sizes too large to play have the formula's alone.
@@ -52,6 +54,10 @@ class ScheduleRow:
 
 def schedule_table(stages: int, microbatches: int) -> tuple[ScheduleRow, ...]:
     """Every schedule for p stages and m microbatches, in the order of ``SCHEDULES``.
+
+    Args:
+        stages: p, devices along the pipeline.
+        microbatches: m of a step.
 
     Raises:
         ValueError: fewer than one stage or microbatch.

@@ -60,7 +60,8 @@ class Placement:
     ``offsets`` are bytes from the start of one arena, in the order of the buffers given; they are empty unless
     ``status`` is ``PLACED``. ``peak`` is the arena's size in bytes: of these offsets, or of the best placement found
     where nothing fitted into the capacity. No placement has a peak below ``lower_bound``; ``proven`` says that
-    ``peak`` is the smallest possible. ``reason`` tells in one sentence how the result was obtained.
+    ``peak`` is the smallest possible. ``method`` names what found it, in ``seconds``; ``reason`` tells in one sentence
+    how the result was obtained.
     """
 
     offsets: tuple[int, ...]

@@ -31,8 +31,16 @@ SAME = 0.01  # combinations whose steps differ by less cost the same: no model o
 class Combination:
     """One way to fit: the changes made, and the peak and seconds of the step with them and the best plan for it.
 
-    ``how`` says for each change what makes it in a training script. Without a ``plan`` the figures are the linear
-    relaxation's: no plan can be better, few are much worse.
+    Without a ``plan`` the figures are the linear relaxation's: no plan can be better, few are much worse.
+
+    Attributes:
+        changes: what is done beside a plan, in words.
+        fits: whether the step stays within the budget.
+        peak_bytes: of the step.
+        step_seconds: of the step, modelled.
+        changes_training: whether results differ from those of plain training.
+        plan: for the activations, or None.
+        how: for each change what makes it in a training script.
     """
 
     changes: tuple[str, ...]
@@ -46,7 +54,13 @@ class Combination:
 
 @dataclass(frozen=True)
 class Fit:
-    """``best`` is the cheapest combination that fits, None where none does; ``pareto`` trades peak against seconds."""
+    """The combinations that :func:`fit` has looked at.
+
+    Attributes:
+        best: the cheapest that fits, None where none does.
+        pareto: those that trade peak against seconds.
+        tried: all of them.
+    """
 
     best: Combination | None
     pareto: tuple[Combination, ...]

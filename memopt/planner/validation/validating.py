@@ -17,7 +17,16 @@ from memopt.planner.values import Action, BlockPlan, Phase, SavedStorage, Storag
 
 @dataclass(frozen=True)
 class Validation:
-    """``broken`` names the rule that the plan breaks, in words; ``None`` where it keeps all of them."""
+    """What a simulation of a plan found.
+
+    Attributes:
+        broken: the rule that the plan breaks, in words; None where it keeps all of them.
+        peak_bytes: of the step.
+        peak_at: the operation at the peak.
+        by_category: the bytes at the peak.
+        timeline: live bytes after every operation.
+        simulation: everything that was simulated; None where the plan does not fit the trace.
+    """
 
     broken: str | None
     peak_bytes: int
