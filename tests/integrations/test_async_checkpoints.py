@@ -14,59 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.gpt import GPT, GPTConfig
-from memopt.integrations.checkpoints import Checkpoints, folders, latest, writer
+from memopt.integrations.checkpoints import Checkpoints, folders, latest, staging, writer
 from memopt.optim import AdamW, AdamW8bit, BlockCoordinate
+from tests.integrations.checkpointed import assert_same, made, train, values
 
 CONFIG = GPTConfig(layers=2, width=64, heads=2, context=16, vocabulary=64, dropout=0.1)
-
-
-class Tied(nn.Module):
-    """Two names for one weight, a buffer that every forward changes, and extra state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 96)
-        self.norm = nn.BatchNorm1d(96)
-        self.head = nn.Linear(96, 50, bias=False)
-        self.head.weight = self.embed.weight
-        self.calls = 0
-
-    def get_extra_state(self) -> int:
-        return self.calls
-
-    def set_extra_state(self, state: int) -> None:
-        self.calls = state
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        self.calls += 1
-        x = nn.functional.dropout(self.norm(self.embed(tokens)), 0.1)
-        return nn.functional.cross_entropy(self.head(x), tokens)
-
-
-def made(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = Tied()
-    return model, AdamW8bit(model.parameters(), lr=1e-2)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        tokens = torch.randint(50, (24,), generator=torch.Generator().manual_seed(step))
-        model(tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = {f"{i}/{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    weights = {name: v for name, v in model.state_dict().items() if isinstance(v, Tensor)}
-    return {name: torch.as_tensor(value).clone() for name, value in (weights | states).items()}
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -109,6 +61,27 @@ def test_training_goes_on_while_a_save_is_written(
         assert checkpoints.save(4, model, optimizer, blocking=True).done()
     again, restored = made(seed=1)
     Checkpoints(tmp_path).load(again, restored, step=2)
+    assert_same(values(again, restored), before)
+
+
+def test_a_step_waits_for_the_copies_that_overlap_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = made()
+    train(model, optimizer, range(2))
+    before, copy, may_copy = values(model, optimizer), staging.HostCopies._copy, threading.Event()
+
+    def held_back(self: staging.HostCopies, name: str, tensor: Tensor) -> staging.Part:
+        if name in self.later:
+            may_copy.wait(60)
+        return copy(self, name, tensor)
+
+    monkeypatch.setattr(staging.HostCopies, "_copy", held_back)
+    with Checkpoints(tmp_path, overlap=True) as checkpoints:
+        checkpoints.save(2, model, optimizer)
+        threading.Timer(0.2, may_copy.set).start()
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    again, restored = made(seed=1)
+    Checkpoints(tmp_path).load(again, restored)
     assert_same(values(again, restored), before)
 
 
@@ -250,43 +223,6 @@ def test_what_cannot_be_loaded_without_running_code_is_not_saved(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="keep=0"):
         Checkpoints(tmp_path, keep=0)
-
-
-class Malicious:
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("run",)
-
-
-def damage(path: Path, how: str) -> None:
-    file = path / {"rank": "rank-00000.pt", "pickle": "rank-00000.pt"}.get(how, "model.safetensors")
-    if how in ("cut", "rank"):
-        os.truncate(file, file.stat().st_size - 10)
-    elif how in ("header", "bit", "sums"):
-        file = path / {"sums": "checksums.json"}.get(how, file.name)
-        data = bytearray(file.read_bytes())
-        data[20 if how == "header" else len(data) // 2] ^= 1
-        file.write_bytes(data)
-    elif how == "empty":
-        file.write_bytes(b"")
-    elif how == "pickle":
-        torch.save({"version": 1, "extra": Malicious()}, file)
-
-
-@pytest.mark.parametrize("how", ["cut", "header", "bit", "sums", "empty", "rank", "pickle"])
-def test_a_damaged_checkpoint_is_refused_and_nothing_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model, optimizer = made()
-    train(model, optimizer, range(1))
-    with Checkpoints(tmp_path) as checkpoints:
-        damage(checkpoints.save(1, model, optimizer).wait(), how)
-        train(model, optimizer, range(1, 2))
-        before = values(model, optimizer)
-        with pytest.raises(ValueError, match="step-000000001"):
-            checkpoints.load(model, optimizer)
-    assert_same(values(model, optimizer), before)
-    assert not (tmp_path / "run").exists()
 
 
 def test_another_model_or_optimizer_is_refused_by_name(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,13 @@ from memopt.integrations.checkpoints.writer import file_of, rank_file_of
 from memopt.optim import sharding
 
 SHOWN = 5
+FORM: dict[str, type | tuple[type, ...]] = {  # of a rank's file
+    "step": int,
+    "model": dict,
+    "optimizer": (dict, type(None)),
+    "extra": object,
+    "random": dict,
+}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -64,22 +70,24 @@ def restore(path: Path, rank: int, version: int, model: nn.Module, optimizer: Op
     """Fill ``model`` and ``optimizer`` from the checkpoint at ``path`` and return the plain values of ``rank``.
 
     Raises:
-        ValueError: damaged, of a later version, or of another model or optimizer.
+        ValueError: damaged, of a later version, saved without an optimizer, or of another model or optimizer.
     """
     own = rank_file_of(path, rank)
     rest = _read_rest(own if own.exists() else rank_file_of(path, 0), version)
     inner = unwrapped(model)
     entries, notes = read_header(file_of(path, "model"))
     weights, _ = take_apart(inner.state_dict())
-    tied = {**json.loads(notes.get("tied", "{}")), **tied_names(inner)}
+    tied = {**_read_tied(notes, path), **tied_names(inner)}
     weights = {name: t for name, t in weights.items() if name in entries or name not in tied}
     _compare(weights, entries, "weight", path)
+    kept = put_together(rest["model"], weights, file_of(path, "model"))
     if optimizer is not None:
+        if rest["optimizer"] is None:
+            raise ValueError(f"{path} was saved without an optimizer, nothing loaded: load it without one")
         states = _room_for_states(path, inner, optimizer)
         _fill(file_of(path, "optimizer"), states)
-        optimizer.load_state_dict(put_together(rest["optimizer"], states))
+        optimizer.load_state_dict(put_together(rest["optimizer"], states, file_of(path, "optimizer")))
     _fill(file_of(path, "model"), weights, entries)
-    kept = put_together(rest["model"], weights)
     of_modules = {name: value for name, value in kept.items() if name.endswith("_extra_state")}
     if of_modules:
         inner.load_state_dict(of_modules, strict=False)
@@ -89,16 +97,34 @@ def restore(path: Path, rank: int, version: int, model: nn.Module, optimizer: Op
 
 
 def _read_rest(path: Path, version: int) -> dict[str, Any]:
+    """The plain values of a rank's file, of the form that ``save`` gives them."""
+    damaged = f"{path} is damaged or no part of a checkpoint"
     try:
         rest = torch.load(path, weights_only=True)
-        found = rest["version"]
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or no part of a checkpoint: {' '.join(str(error).split())[:300]}"
-        ) from error
-    if type(found) is not int or found > version:
-        raise ValueError(f"{path} is of version {found}; this memopt reads up to {version}")
+    except Exception as error:  # any kind: pickled bytes that are not what they were can do anything but run code
+        raise ValueError(f"{damaged}: {' '.join(str(error).split())[:300]}") from error
+    found = rest.get("version") if isinstance(rest, dict) else None
+    if type(found) is not int or not 1 <= found <= version:
+        raise ValueError(f"{path} is of version {found!r}; this memopt reads versions 1 to {version}")
+    wrong = sorted(name for name, kind in FORM.items() if name not in rest or not isinstance(rest[name], kind))
+    if wrong:
+        raise ValueError(f"{damaged}: {', '.join(wrong)} in it: missing, or not of the kind that a save writes")
+    try:
+        torch.Generator().set_state(rest["random"]["cpu"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{damaged}: its random state cannot be used ({error})") from error
     return cast("dict[str, Any]", rest)
+
+
+def _read_tied(notes: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Names of weights that are saved under another name, out of the header's notes."""
+    try:
+        tied = json.loads(notes.get("tied", "{}"))
+    except ValueError:
+        tied = None
+    if not isinstance(tied, dict):
+        raise ValueError(f"{file_of(path, 'model')} is damaged: its note on tied weights is {notes['tied']!r:.100}")
+    return tied
 
 
 def _room_for_states(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

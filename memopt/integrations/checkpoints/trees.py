@@ -24,9 +24,22 @@ def take_apart(tree: Any) -> tuple[dict[str, Tensor], Any]:
     return tensors, _walk(tree, "", lambda name, value: take(name, value) if isinstance(value, Tensor) else value)
 
 
-def put_together(rest: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The state dict that :func:`take_apart` took apart."""
-    return _walk(rest, "", lambda name, value: tensors.get(name) if value is None else value)
+def put_together(rest: Any, tensors: Mapping[str, Tensor], file: object) -> Any:
+    """The state dict that :func:`take_apart` took apart; ``file`` is where the tensors are from, for the message.
+
+    Raises:
+        ValueError: a tensor has no place in it.
+    """
+    homeless = set(tensors)
+
+    def put(name: str, value: Any) -> Any:
+        homeless.discard(name)
+        return tensors.get(name) if value is None else value
+
+    whole = _walk(rest, "", put)
+    if homeless:
+        raise ValueError(f"{file} holds {min(homeless)!r}, for which its state dict has no place")
+    return whole
 
 
 def _walk(tree: Any, path: str, leaf: Callable[[str, Any], Any]) -> Any:
