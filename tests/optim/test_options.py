@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 
 from memopt.optim import AdamW, AdamW8bit, make, optimizers
 from memopt.optim.formats import Blockwise, names
-from tests.optim.training import assert_same_state, copies, gradients, largest_difference, parameters, run
+from tests.optim.training import copies, gradients, largest_difference, parameters, run
 
 SHAPE = (64, 300)
 
@@ -46,43 +44,6 @@ def test_lr_may_be_a_float_or_a_tensor_and_schedulers_drive_it() -> None:
     assert results[0][1] == pytest.approx(results[1][1]) != 0.01
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda o: torch.optim.lr_scheduler.LinearLR(o),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
-        lambda o: torch.optim.lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1),
-        lambda o: torch.optim.lr_scheduler.SequentialLR(
-            o,
-            [torch.optim.lr_scheduler.ConstantLR(o, 0.5, 2), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
-            milestones=[2],
-        ),
-    ],
-)
-def test_schedulers_move_ours_as_torchs(build: Any) -> None:
-    found = []
-    for make_optimizer in (torch.optim.AdamW, lambda p, lr: AdamW(p, lr=lr, state="fp32")):
-        params = parameters([SHAPE])
-        optimizer = make_optimizer(params, lr=0.01)
-        scheduler = build(optimizer)
-        for step in range(5):
-            gradients(params, step)
-            optimizer.step()
-            scheduler.step()
-        found.append((params, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]))
-    assert found[0][1:] == found[1][1:]
-    assert largest_difference(found[0][0], found[1][0]) <= 5 * 2.0**-21
-
-
-def test_reduce_on_plateau() -> None:
-    optimizer = AdamW8bit(parameters([SHAPE]), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
-    for _ in range(3):
-        run(optimizer, 1)
-        scheduler.step(1.0)
-    assert optimizer.param_groups[0]["lr"] == 0.25
-
-
 def test_closure_is_called_with_gradients_enabled() -> None:
     (param,) = parameters([SHAPE])
     optimizer = AdamW8bit([param])
@@ -96,53 +57,6 @@ def test_closure_is_called_with_gradients_enabled() -> None:
     before = float((param.detach() ** 2).sum())
     assert float(optimizer.step(closure).detach()) == pytest.approx(before)
     assert float((param.detach() ** 2).sum()) < before
-
-
-def test_hooks_run_around_the_step() -> None:
-    optimizer = AdamW8bit(parameters([SHAPE]))
-    seen: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
-    optimizer.register_state_dict_post_hook(lambda *_: seen.append("saved"))
-    optimizer.register_load_state_dict_post_hook(lambda *_: seen.append("loaded"))
-    run(optimizer, 1)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert seen == ["before", "after", "saved", "loaded"]
-
-
-def test_grad_scaler_skips_steps_with_overflow() -> None:
-    (param,) = parameters([SHAPE])
-    optimizer = AdamW8bit([param])
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    plain, exact = copies([param]), AdamW8bit
-    reference = exact(plain)
-    for step in range(3):
-        gradients([param], step)
-        plain[0].grad = param.grad.clone()
-        scaler.scale(torch.zeros(()))
-        param.grad *= scaler.get_scale()
-        if step == 1:
-            param.grad[0, 0] = torch.inf
-        else:
-            reference.step()
-        scaler.step(optimizer)
-        scaler.update()
-    assert optimizer.state[param]["step"] == 2
-    assert torch.equal(param, plain[0])
-
-
-def test_nonfinite_gradients_can_skip_the_step() -> None:
-    (param,) = parameters([SHAPE])
-    optimizer = AdamW8bit([param], skip_nonfinite=True)
-    run(optimizer, 1)
-    before, state = param.detach().clone(), copy.deepcopy(optimizer)
-    gradients([param], 1)
-    param.grad[3, 4] = torch.nan
-    optimizer.step()
-    assert torch.equal(param, before)
-    assert optimizer.param_groups[0]["skipped_steps"] == 1
-    state.param_groups[0]["skipped_steps"] = 1
-    assert_same_state(optimizer, state)
 
 
 @pytest.mark.parametrize("state", ["8bit", "4bit"])
@@ -160,19 +74,6 @@ def test_nan_reaches_no_other_element(state: str) -> None:
     same[1, 300] = False
     assert torch.equal(param[same], clean[same])
     assert param[1, 300].isnan()
-
-
-def test_copy_and_pickle_continue_bitwise() -> None:
-    params = parameters()
-    optimizer = AdamW8bit(params)
-    run(optimizer, 2)
-    others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
-    run(optimizer, [2, 3])
-    for other in others:
-        run(other, [2, 3])
-        assert type(other) is AdamW8bit
-        for x, y in zip(params, (p for g in other.param_groups for p in g["params"]), strict=True):
-            assert torch.equal(x, y)
 
 
 def test_make_spells_rules_and_formats() -> None:

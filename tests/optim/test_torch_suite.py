@@ -90,29 +90,6 @@ class TestBehaviours:
         with pytest.raises(ValueError, match="some parameters appear in more than one"):
             optimizer.add_param_group({"params": params[:1]})
 
-    def test_state_dict_round_trip(self, rule: str, state: str) -> None:
-        params = parameters(_shapes(state))
-        optimizer = _make(rule, params, state=state)
-        run(optimizer, 2)
-        twin_params = copies(params)
-        twin = _make(rule, twin_params, state=state)
-        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for step in (2, 3):
-            run(optimizer, [step])
-            run(twin, [step])
-        assert all(torch.equal(x, y) for x, y in zip(params, twin_params, strict=True))
-
-    def test_deepcopy_and_defaults(self, rule: str, state: str) -> None:
-        optimizer = _make(rule, parameters(_shapes(state)), state=state)
-        run(optimizer, 1)
-        twin = copy.deepcopy(optimizer)
-        assert twin.defaults == optimizer.defaults
-        assert repr(twin) == repr(optimizer)
-        run(optimizer, [1])
-        run(twin, [1])
-        ours, theirs = ([p for g in o.param_groups for p in g["params"]] for o in (optimizer, twin))
-        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
-
     def test_parameters_that_are_not_contiguous_keep_their_layout(self, rule: str, state: str) -> None:
         (plain,) = parameters([(66, 130)])
         turned = torch.nn.Parameter(plain.detach().t().contiguous().t())
