@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import memopt
 from examples.gpt import GPT, GPTConfig, batches, read_text
+from memopt.report.html import check_installed
 
 METERED_STEPS = 3  # the first allocates the optimizer state, later ones are alike; a metered step is not timed
 MIB = 2**20
@@ -181,8 +182,10 @@ def main(
     """Train the same GPT with plain torch and with memopt, and compare memory, speed and loss."""
     console = Console()
     try:
+        if html is not None:
+            check_installed()
         corpus = read_text(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         console.print(f"[red]error:[/red] {error}")
         raise typer.Exit(1) from error
     options = Options(GPTConfig(layers, width, heads, context), steps, batch, lr, seed)

@@ -220,7 +220,10 @@ def plan_command(
     from memopt.planner import hardware as find_hardware
     from memopt.planner.tracing import check_name
     from memopt.report import terminal
+    from memopt.report.html import check_installed
 
+    if html is not None:
+        check_installed()
     device = find_hardware(hardware)
     allowed = parse_bytes(budget) if budget else device.memory_bytes
     check_name(optimizer)

@@ -8,15 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from transformers import Trainer, TrainerCallback
 
 from memopt.integrations.first_batch import FirstBatchPlan
 from memopt.integrations.fused_head import FusedLoss, fuse_loss
+from memopt.integrations.needed import needed
 from memopt.metering import Meter, meter
 from memopt.optim import Adam, AdamMini, AdamW
 from memopt.optim.registry import by_name
 from memopt.planner import Plan, format_bytes
 from memopt.report.terminal import plan_page
+
+with needed("transformers", "hf"):
+    from transformers import Trainer, TrainerCallback
 
 METERED_STEP = 2  # counted from 0: by then the optimizer has made its state and the plan is applied
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from memopt.integrations.needed import needed
 from memopt.metering import Meter, meter
 from memopt.offload import Handle, apply
 from memopt.planner import Plan, format_bytes
 from memopt.wrapping import plan_within
+
+with needed("lightning", "lightning"):
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities import rank_zero_info
 
 METERED_STEP = 2  # counted from 0: by then the optimizer has made its states, and every block is recorded
 

@@ -101,7 +101,7 @@ class Op:
 
 @dataclass(frozen=True)
 class SavedStorage:
-    """A ``storage`` of so many ``bytes``, made by operation ``producer``, that autograd saves inside one call of a block.
+    """A ``storage`` of some ``bytes``, made by operation ``producer``, that autograd saves inside one call of a block.
 
     ``index`` counts the call's distinct saved storages in the order in which autograd first packs them, leaving out
     parameters, buffers and the storages of the block's inputs: trace and runtime see the same order. ``dtype`` is that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import json
 import os
 import re
@@ -92,11 +93,20 @@ def _ordered(categories: Iterable[str]) -> list[str]:
     return sorted(set(categories), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
+def check_installed() -> None:
+    """Call it before the work whose report is to be written.
+
+    Raises:
+        ModuleNotFoundError: plotly is not installed; the message says how to get it.
+    """
+    if importlib.util.find_spec("plotly") is None:
+        raise ModuleNotFoundError("the HTML report needs plotly: pip install 'memopt[report]'", name="plotly")
+
+
 def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError("the HTML report needs plotly: pip install 'memopt[report]'") from error
+    check_installed()
+    from plotly.offline import get_plotlyjs
+
     script: str = get_plotlyjs()
     return script
 

@@ -171,3 +171,13 @@ def test_place_says_when_nothing_fits(tmp_path: Path) -> None:
 
 def test_version() -> None:
     assert memopt("--version").stdout.strip()
+
+
+def test_a_missing_library_is_named_before_the_work_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setattr(sys, "argv", ["memopt", "plan", "no-such-model", "--html", str(tmp_path / "x.html")])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err == "memopt: the HTML report needs plotly: pip install 'memopt[report]'\n"

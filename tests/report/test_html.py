@@ -97,7 +97,7 @@ def test_bad_runs_are_refused_and_nothing_is_written(tmp_path, runs, error, says
 
 
 def test_without_plotly_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(ImportError, match=r"memopt\[report\]"):
         write_html(tmp_path / "page.html", title="t", runs={"a": TIMELINE})
 
