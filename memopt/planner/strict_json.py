@@ -126,9 +126,13 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
 
 def _read_scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) in (int, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}; it must be a finite number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"{where} is {number}; it must be a finite number")
+        return number
     if type(value) is not kind:
         raise _mistyped(where, {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind], value)
     return value

@@ -20,6 +20,7 @@ import torch
 from memopt.planner.strict_json import read_json
 
 _FOLDER = "hardware"
+_LARGEST = 1e30  # of any rate or size: nothing is near it, and what is computed from it stays finite
 
 
 class HardwareError(ValueError):
@@ -199,14 +200,14 @@ def _check_value(name: str, value: Any, kind: str, where: str) -> None:
     zero_allowed = name.startswith(("to_host", "from_host", "peer"))
     if kind in ("int", "float"):
         whole = kind == "float" or isinstance(value, int)
-        if not number or not whole or not (value > 0 or (zero_allowed and value == 0)) or value == float("inf"):
+        if not number or not whole or not (0 < value <= _LARGEST or (zero_allowed and value == 0)):
             raise HardwareError(f"hardware file {where!r}: {name} must be a positive {kind}, not {value!r}")
         if name.endswith("_efficiency") and value > 1:
             raise HardwareError(f"hardware file {where!r}: {name} is a share of the peak, at most 1, not {value!r}")
     elif name == "flops_per_second":
         rates = value.values() if isinstance(value, Mapping) else ()
         if "float32" not in (value if isinstance(value, Mapping) else ()) or not all(
-            isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0 for rate in rates
+            isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= _LARGEST for rate in rates
         ):
             raise HardwareError(f"hardware file {where!r}: {name} must map dtypes, float32 among them, to FLOP/s")
     elif kind == "str" and not isinstance(value, str):

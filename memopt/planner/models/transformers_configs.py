@@ -16,7 +16,7 @@ from memopt.planner.models.reference_models import Decoder, DecoderConfig
 # The largest of each that anyone could mean: beyond it, building the model would take the machine down first.
 _LARGEST = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "vocab_size", "intermediate_size", "n_inner"), 10**8),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_local_experts"), 10**5),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_local_experts", "num_experts_per_tok"), 10**5),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 10**4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "head_dim"), 10**9),
 }
@@ -35,6 +35,9 @@ def build_from_config(values: Any, batch: int, tokens: int | None) -> tuple[nn.M
         size = values.get(name)
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= largest):
             raise ValueError(f"{name} must be a whole number from 1 to {largest}, not {size!r}")
+    dropout = values.get("resid_pdrop")
+    if dropout is not None and (type(dropout) not in (int, float) or not 0 <= dropout < 1):
+        raise ValueError(f"resid_pdrop must be a number from 0 to 1, not {dropout!r}")
     if importlib.util.find_spec("transformers") is not None:
         return _with_transformers(dict(values), batch, tokens)
     return _reference(values, batch, tokens)
@@ -56,7 +59,8 @@ def _with_transformers(values: dict[str, Any], batch: int, tokens: int | None) -
             else:
                 model = _auto_class(transformers, config).from_config(config)
         except Exception as error:
-            raise ValueError(f"transformers cannot build it: {str(error).splitlines()[0]}") from error
+            first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise ValueError(f"transformers cannot build it: {first[0]}") from error
     model.train()
     return model, _transformers_batch(model, config, batch, tokens)
 
@@ -96,7 +100,7 @@ def _reference(values: Mapping[str, Any], batch: int, tokens: int | None) -> tup
 
 
 def _field(values: Mapping[str, Any], name: str) -> Any:
-    if name not in values:
+    if values.get(name) is None:
         raise ValueError(f"it has no {name}")
     return values[name]
 
@@ -109,19 +113,19 @@ def _gpt2(values: Mapping[str, Any]) -> DecoderConfig:
         heads=_field(values, "n_head"),
         mlp_width=values.get("n_inner") or 4 * width,
         vocabulary=_field(values, "vocab_size"),
-        context=values.get("n_positions", 1024),
+        context=values.get("n_positions") or 1024,
         norm="layer",
         mlp="gelu",
         positions="learned",
         bias=True,
         tied=values.get("tie_word_embeddings", True),
-        dropout=values.get("resid_pdrop", 0.1),
+        dropout=0.1 if values.get("resid_pdrop") is None else values["resid_pdrop"],
     )
 
 
 def _llama(values: Mapping[str, Any]) -> DecoderConfig:
     kind = values["model_type"]
-    experts = values.get("num_local_experts", 0) if kind == "mixtral" else 0
+    experts = values.get("num_local_experts") or 0 if kind == "mixtral" else 0
     return DecoderConfig(
         layers=_field(values, "num_hidden_layers"),
         width=_field(values, "hidden_size"),
@@ -130,10 +134,10 @@ def _llama(values: Mapping[str, Any]) -> DecoderConfig:
         head_width=values.get("head_dim") or 0,
         mlp_width=_field(values, "intermediate_size"),
         vocabulary=_field(values, "vocab_size"),
-        context=values.get("max_position_embeddings", 4096),
+        context=values.get("max_position_embeddings") or 4096,
         qkv_bias=kind == "qwen2" or values.get("attention_bias", False),
         qk_norm=kind == "qwen3",
         tied=values.get("tie_word_embeddings", False),
         experts=experts,
-        experts_per_token=values.get("num_experts_per_tok", 2) if experts else 0,
+        experts_per_token=values.get("num_experts_per_tok") or 2 if experts else 0,
     )
