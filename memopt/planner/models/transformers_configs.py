@@ -16,7 +16,8 @@ from memopt.planner.models.reference_models import Decoder, DecoderConfig
 # The largest of each that anyone could mean: beyond it, building the model would take the machine down first.
 _LARGEST = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "vocab_size", "intermediate_size", "n_inner"), 10**8),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_local_experts", "num_experts_per_tok"), 10**5),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), 10**5),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), 10**5),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 10**4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "head_dim"), 10**9),
 }
