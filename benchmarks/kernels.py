@@ -6,6 +6,7 @@ Variants run in turn in one process; ratios are of the least times, so that othe
   already, as all of them do; then the same into fresh memory, against ``clone``; bitsandbytes where it is installed.
 - AdamW over 50 M parameters in 32 tensors, and over 10 M in 400, against torch's fused float32 AdamW.
 - Layers, forward and backward, against torch's own.
+- Each part is shown, and kept with ``--save``, as it ends: under two minutes a part, under six all, on two quiet cores.
 - ``--portable``: compiled for AVX2 alone. ``--targets``: registers, spills and shared memory of every Triton kernel on
   four GPU targets, compiled without a GPU.
 """
@@ -19,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,12 +67,12 @@ def against_first(group: str, variants: Variants, rounds: int, limits: Mapping[s
     ]
 
 
-def quantizers(elements: int, rounds: int, dtype: torch.dtype) -> list[Row]:
+def quantizers(elements: int, rounds: int, dtype: torch.dtype, names: Sequence[str]) -> list[Row]:
     """Each codec in turn, into memory that is there, with a copy of the same dtype beside it."""
     x = torch.randn(elements // 1024, 1024).to(dtype)
     positive, to = x.abs(), torch.empty_like(x)
     rows: list[Row] = []
-    for name in codec_names():
+    for name in names:
         y = x if get_codec(name).signed else positive
         q, held = quantize_blockwise(y, name), quantize_blockwise(y, name)
         encode = functools.partial(quantize_blockwise, y, name, out=held)
@@ -130,6 +131,41 @@ def steps(elements: int, tensors: int, rounds: int) -> list[Row]:
     return against_first(f"AdamW, {elements / 1e6:.0f} M in {tensors}", variants, rounds, STEP_LIMITS)
 
 
+def of_dtype(dtype: torch.dtype, options: argparse.Namespace) -> list[Row]:
+    return quantizers(_scaled(64 << 20, options) // 1024 * 1024, options.rounds, dtype, options.codecs)
+
+
+def every_layer(options: argparse.Namespace) -> list[Row]:
+    from benchmarks.layer_cases import layers
+
+    rows: list[Row] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, variants in layers(_scaled(8192, options), 1024, dtype).items():
+            rows += against_first(f"{name} {str(dtype)[6:]}", variants, options.rounds)
+    return rows
+
+
+def every_step(options: argparse.Namespace) -> list[Row]:
+    rows: list[Row] = []
+    for elements, tensors in ((50_000_000, 32), (10_000_000, 400)):
+        rows += steps(_scaled(elements, options), tensors, options.rounds)
+    return rows
+
+
+def _scaled(number: int, options: argparse.Namespace) -> int:
+    return int(number * options.scale)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "fp32": functools.partial(of_dtype, torch.float32),
+    "bf16": functools.partial(of_dtype, torch.bfloat16),
+    "fp16": functools.partial(of_dtype, torch.float16),
+    "fresh": lambda options: fresh_quantizers(_scaled(16 << 20, options) // 1024 * 1024, max(2, options.rounds // 2)),
+    "layers": every_layer,
+    "steps": every_step,
+}
+
+
 def show(rows: list[Row], title: str) -> None:
     """A table on the terminal; ratios above their limit are red."""
     table = Table(title=title)
@@ -162,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full sizes")
-    parser.add_argument("--only", choices=("quantizers", "steps", "layers"))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--codecs", nargs="+", choices=codec_names(), default=codec_names(), help="of the quantisers")
     parser.add_argument("--portable", action="store_true", help="compile for AVX2 alone")
     parser.add_argument("--targets", action="store_true", help="only what the Triton kernels use on four GPU targets")
     parser.add_argument("--all", action="store_true", help="with --targets: every rule in every format")
@@ -175,25 +212,15 @@ def main(arguments: list[str] | None = None) -> int:
         rest = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--portable"]
         return subprocess.run([sys.executable, "-m", "benchmarks.kernels", *rest], env=environment).returncode
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
-    if options.only in (None, "quantizers"):
-        elements = int((64 << 20) * options.scale) // 1024 * 1024
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            rows += quantizers(elements, options.rounds, dtype)
-        rows += fresh_quantizers(elements // 4, max(2, options.rounds // 2))
-    if options.only in (None, "layers"):
-        from benchmarks.layer_cases import layers
-
-        for dtype in (torch.float32, torch.bfloat16):
-            for name, variants in layers(int(8192 * options.scale), 1024, dtype).items():
-                rows += against_first(f"{name} {str(dtype)[6:]}", variants, options.rounds)
-    if options.only in (None, "steps"):
-        for elements, tensors in ((50_000_000, 32), (10_000_000, 400)):
-            rows += steps(int(elements * options.scale), tensors, options.rounds)
-    show(rows, f"Kernels on this CPU, {options.threads} threads")
-    if options.save:
-        command = f"`python -m benchmarks.kernels {' '.join(sys.argv[1:])}`; the ratio is to the first of each group."
-        print(*results.save("kernels", "Kernels on a CPU", rows, [command]))
+    for name in options.parts:
+        started = time.perf_counter()
+        rows = PARTS[name](options)
+        seconds = time.perf_counter() - started
+        show(rows, f"{name}, {options.threads} threads: {seconds:.0f} s")
+        if options.save:
+            command = f"`python -m benchmarks.kernels --parts {name} --save`, {seconds:.0f} s"
+            notes = [f"{command}; the ratio is to the first of each group."]
+            print(*results.save(f"kernels-{name}", f"Kernels on a CPU: {name}", rows, notes))
     return 0
 
 
