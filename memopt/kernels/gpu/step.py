@@ -16,9 +16,9 @@ from memopt.kernels.expr import Expr
 from memopt.kernels.gpu.printer import load_source
 from memopt.kernels.gpu.step_source import step_source
 from memopt.kernels.native.cpp import evaluate
-from memopt.kernels.native.step_source import StepKind
+from memopt.kernels.native.step_body import StepKind
 from memopt.kernels.quantized import Quantized
-from memopt.kernels.request import StepRequest, mark_written
+from memopt.kernels.request import StepRequest, mark_written, unguarded
 
 PLAIN_BLOCK = 256
 TILE = 1024  # elements of a program
@@ -31,13 +31,15 @@ def run(request: StepRequest, *, restart: bool = True) -> dict[str, Tensor]:
 
     Without ``restart`` a new value that is not finite makes its whole block NaN, as quantisers do.
     """
+    names = request.update.reductions
     if len(set(request.block_sizes)) > 1:
-        return step_torch.run(request)
+        ready = unguarded(request)
+        nothing = torch.zeros(len(request.params), device=request.params[0].device)
+        return dict.fromkeys(names, nothing) if ready is None else step_torch.run(ready)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, p in enumerate(request.params):
         plain = tuple(s[i].dtype if c is None else c for s, c in zip(request.states, request.codecs, strict=True))  # type: ignore[union-attr]
         groups.setdefault((p.dtype, request.grads[i].dtype, plain), []).append(i)
-    names = request.update.reductions
     sums = torch.zeros(len(request.params), len(names), dtype=torch.float64, device=request.params[0].device)
     for (param, grad, stored), members in groups.items():
         kind = StepKind(request.update, param, grad, stored, request.roundings, request.param_rounding, restart)
@@ -46,23 +48,24 @@ def run(request: StepRequest, *, restart: bool = True) -> dict[str, Tensor]:
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(kind: StepKind, device: torch.device) -> tuple[Any, list[Expr], Tensor]:
-    source, uniforms, tables = step_source(kind)
+def _kernel(kind: StepKind, device: torch.device, guarded: bool) -> tuple[Any, list[Expr], Tensor]:
+    source, uniforms, tables = step_source(kind, guarded)
     return load_source(source).kernel, uniforms, torch.tensor(tables or [0.0], device=device)
 
 
 def _launch(kind: StepKind, request: StepRequest, members: list[int]) -> Tensor:
     device = request.params[members[0]].device
-    kernel, uniforms, tables = _kernel(kind, device)
+    guards = [] if request.guard is None else [request.guard.to(device)]
+    kernel, uniforms, tables = _kernel(kind, device, bool(guards))
     block = request.block_sizes[0] if any(request.codecs) else PLAIN_BLOCK
     table, launches = _tables(tuple(_addresses(request, i) for i in members), block, device)
     values = [evaluate(u, request.scalars) for u in uniforms]
     count = len(request.update.reductions)
     totals = torch.zeros(len(members), count, dtype=torch.float64, device=device)
     for (width, whole), pieces, lengths in launches:
-        partial = torch.empty(len(pieces), count, device=device)
+        partial = torch.zeros(len(pieces), count, device=device)  # a step that is called off writes none
         kernel[(len(pieces),)](
-            table, pieces, tables, partial, _signed(hashing.step_key(request.seed, request.step)), *values,
+            table, pieces, tables, partial, *guards, _signed(hashing.step_key(request.seed, request.step)), *values,
             R=max(1, _tile() // width), BLOCK=block, WIDTH=width, WHOLE=whole, INTERPRET=interpreting(),
             num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
@@ -111,8 +114,13 @@ def _tables(
     for key, numbers in pieces.items():
         programs = torch.tensor(numbers, dtype=torch.int32).view(-1, 4)
         lengths = torch.bincount(programs[:, 0], minlength=len(entries))
-        launches.append((key, programs.to(device), lengths.to(device)))
-    return torch.tensor(rows, dtype=torch.int64, device=device), launches
+        launches.append((key, _upload(programs, device), _upload(lengths, device)))
+    return _upload(torch.tensor(rows, dtype=torch.int64), device), launches
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it is doing."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _cut(task: int, blocks: Blocks, whole_per_row: int, aligned: bool, pieces: _Pieces) -> None:

@@ -15,7 +15,7 @@ import torch
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
 from memopt.kernels.gpu.printer import Printer, codec_lines
-from memopt.kernels.native.step_source import StepKind
+from memopt.kernels.native.step_body import StepKind
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 # Columns of the table of parameters, all int64; two for each state follow: its address and that of its scales.
@@ -35,8 +35,11 @@ from memopt.kernels.gpu.device import (
 """
 
 
-def step_source(kind: StepKind) -> tuple[str, list[Expr], list[float]]:
-    """The text of a module with ``kernel``, the uniform expressions that are its arguments U0, ..., and its tables."""
+def step_source(kind: StepKind, guarded: bool = False) -> tuple[str, list[Expr], list[float]]:
+    """The text of a module with ``kernel``, the uniform expressions that are its arguments U0, ..., and its tables.
+
+    ``guarded``: gradients are multiplied, and the step called off, by two numbers that the kernel reads.
+    """
     count, update = len(kind.stored), kind.update
     inputs = tuple(element(f"s{j}") for j in range(count))
     p = element("p")
@@ -51,7 +54,12 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], list[float]]:
         for j, stored in enumerate(kind.stored)
         if isinstance(stored, Codec)
     )
-    body = [*_opening(kind), *_loads(kind, printer.inputs | set(names)), *printer.lines, *_words(kind)]
+    body = [
+        *_opening(kind, guarded),
+        *_loads(kind, printer.inputs | set(names), guarded),
+        *printer.lines,
+        *_words(kind),
+    ]
     coded = {j: name for j, name in zip(written, names, strict=False) if j in kind.quantised}
     body += [f"raw{j} = tl.where(inside, {name}, 0.0)" for j, name in coded.items()]
     if kind.restart and coded:  # an element with a new value that is not finite raises no scale and starts anew
@@ -67,17 +75,20 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], list[float]]:
         body.append(
             f"tl.store(sums + {len(sums)} * program + {k}, tl.sum(tl.sum(tl.where(inside, {name}, 0.0), 1), 0))"
         )
+    guard = "guard, " if guarded else ""
     arguments = "".join(f"U{i}, " for i in range(len(printer.uniforms)))
     text = (
         f"{IMPORTS}{codecs}@triton.jit(do_not_specialize=['step_key'])\n"
-        f"def kernel(table, pieces, tables, sums, step_key, {arguments}R: tl.constexpr, BLOCK: tl.constexpr, "
+        f"def kernel(table, pieces, tables, sums, {guard}step_key, {arguments}R: tl.constexpr, BLOCK: tl.constexpr, "
         "WIDTH: tl.constexpr, WHOLE: tl.constexpr, INTERPRET: tl.constexpr):\n"
     )
     return text + "".join(f"    {line}\n" for line in body), printer.uniforms, tables
 
 
-def _opening(kind: StepKind) -> list[str]:
+def _opening(kind: StepKind, guarded: bool) -> list[str]:
     lines = ["program = tl.program_id(0)"]
+    if guarded:
+        lines += ["if tl.load(guard + 1) > 0.0:", "    return", "factor = tl.load(guard)"]
     lines += [f"{name} = tl.load(pieces + {len(PIECE)} * program + {i})" for i, name in enumerate(PIECE)]
     stride = len(COLUMNS) + 2 * len(kind.stored)
     lines.append(f"entry = table + task.to(tl.int64) * {stride}")
@@ -113,7 +124,7 @@ def _pointer(name: str, column: int, element_type: str) -> str:
     return f"{name} = tl.multiple_of({load}, 16) if WHOLE else {load}"
 
 
-def _loads(kind: StepKind, used: set[str]) -> list[str]:
+def _loads(kind: StepKind, used: set[str], guarded: bool) -> list[str]:
     """What the rule reads, as float32; lanes outside are zero."""
     rest = "mask=mask, other=None if WHOLE else 0.0).to(tl.float32)"
     lines = [
@@ -121,6 +132,8 @@ def _loads(kind: StepKind, used: set[str]) -> list[str]:
         for name, pointer in (("p", "param"), ("g", "grad"))
         if name in used
     ]
+    if guarded and "g" in used:
+        lines.append("g = g * factor")
     for j, stored in enumerate(kind.stored):
         if isinstance(stored, Codec) and stored.bits == 4:
             lines += [

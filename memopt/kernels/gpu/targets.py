@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from memopt.kernels.gpu.printer import load_source
 from memopt.kernels.gpu.step import TILE, WARPS
 from memopt.kernels.gpu.step_source import step_source
-from memopt.kernels.native.step_source import StepKind
+from memopt.kernels.native.step_body import StepKind
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,10 +83,13 @@ def compile_for(
     return numbers[0], numbers[1], shared
 
 
-def compile_step(kind: StepKind, target: str, width: int, whole: bool) -> tuple[int, int, int]:
+def compile_step(
+    kind: StepKind, target: str, width: int, whole: bool, *, guarded: bool = False
+) -> tuple[int, int, int]:
     """The same of the step's kernel for tiles of this width."""
-    source, uniforms, _ = step_source(kind)
+    source, uniforms, _ = step_source(kind, guarded)
     types = {"table": "*i64", "pieces": "*i32", "tables": "*fp32", "sums": "*fp32", "step_key": "i64"}
+    types |= {"guard": "*fp32"} if guarded else {}
     types.update({f"U{i}": "fp32" for i in range(len(uniforms))})
     block = next((s.block for s in kind.stored if not isinstance(s, torch.dtype)), width)
     constants = {"R": max(1, TILE // width), "BLOCK": block, "WIDTH": width, "WHOLE": whole, "INTERPRET": False}

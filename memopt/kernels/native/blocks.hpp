@@ -27,6 +27,8 @@ INLINE void pack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
         *(vb_any*)(out + i) = *(const vb_any*)(in + i) | (*(const vb_any*)(in + half + i) << 4);
     for (; i < half; i++) out[i] = (uint8_t)(in[i] | (half + i < n ? in[half + i] << 4 : 0));
 }
+// bytes of two codes, each in the low nibble
+INLINE void store_nibbles(uint8_t* p, vu low, vu high) { store_bytes(p, (vi)((low & 15) | (high << 4))); }
 // blocks with an infinity or NaN encode zeros; tiny ones are made larger first
 INLINE void prepare(float* values, int n, const Scale& s) {
     if (__builtin_expect(s.lift != 1.0f, 0))

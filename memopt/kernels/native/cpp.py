@@ -166,23 +166,36 @@ _HOST: dict[str, Callable[..., float]] = {
 def codec_functions(codec: Codec, rounding: str, tag: str, *, exact_root: bool = False) -> tuple[str, list[str]]:
     """C++ functions ``encode_TAG(x, inverse, noise)`` and ``decode_TAG(code, c)``, and how to compute the array c.
 
+    Where the value is a product at last, ``factors_TAG(code, c, a, b)`` gives its factors.
+
     ``c`` holds what decoding needs of a block's ``float scale``: C++ expressions, evaluated once per block.
     ``exact_root`` takes square roots by the divider, which is idle, and leaves the ports for products to others.
     """
     noise = element("noise") if rounding == "stochastic" else None
     encode, decode = Printer(fast=("rough_sqrt", "root4") if exact_root else ("sqrt", "rough_sqrt", "root4")), Printer()
     (code,) = encode.print(codec.encode(element("x"), element("inverse"), noise))
-    (value,) = decode.print(codec.decode(element("code"), scalar("scale")))
+    root = codec.decode(element("code"), scalar("scale"))
+    (value,) = decode.print(root)
     names = [f"const vf U{i} = c[{i}];" for i in range(len(decode.uniforms))]
-    text = _function(f"encode_{tag}(vf x, vf inverse, vf noise)", encode, code)
-    text += _function(f"decode_{tag}(vf code, const vf* c)", decode, value, names)
+    text = _function(f"vf encode_{tag}(vf x, vf inverse, vf noise)", encode, f"return {code}")
+    text += _function(f"vf decode_{tag}(vf code, const vf* c)", decode, f"return {value}", names)
+    if has_factors(codec):
+        parts = Printer()
+        a, b = parts.print(*root.args)
+        text += _function(f"void factors_{tag}(vf code, const vf* c, vf& a, vf& b)", parts, f"a = {a}, b = {b}", names)
     return text, [scalar_text(u) for u in decode.uniforms]
 
 
-def _function(signature: str, printer: Printer, result: str, before: Sequence[str] = ()) -> str:
+def has_factors(codec: Codec) -> bool:
+    """Whether decoding ends with a product of two numbers that differ by element."""
+    root = codec.decode(element("code"), scalar("scale"))
+    return root.op == "mul" and not any(arg.uniform for arg in root.args)
+
+
+def _function(signature: str, printer: Printer, end: str, before: Sequence[str] = ()) -> str:
     tables = [f"alignas(64) static const float T{i}[] = {{{_row(t)}}};" for i, t in enumerate(printer.tables)]
-    body = "\n    ".join([*before, *tables, *printer.lines, f"return {result};"])
-    return f"INLINE vf {signature} {{\n    {body}\n}}\n"
+    body = "\n    ".join([*before, *tables, *printer.lines, f"{end};"])
+    return f"INLINE {signature} {{\n    {body}\n}}\n"
 
 
 def scalar_text(node: Expr) -> str:

@@ -211,10 +211,9 @@ template <class T> static void masked(const T* x, const uint8_t* bits, float sca
 }
 template <class T> static void dropout(const T* x, uint64_t key, uint64_t below, float scale, T* y, int64_t n, int threads) {
     each_piece(n, threads, [&](int64_t first, int64_t stop) {
-        Keys keys = row_keys(key, (uint64_t)first, 0);
+        Words words(row_key(key, (uint64_t)first, 0), (uint32_t)first);
         each_vector(first, stop, [&](int64_t i, int m) {
-            vu word = random_words(keys, (uint32_t)i);
-            vf drawn = as_f((vu)(word >= splat_u((uint32_t)below)) & as_u(get(x + i, m) * splat(scale)));
+            vf drawn = as_f((vu)(words.next() >= splat_u((uint32_t)below)) & as_u(get(x + i, m) * splat(scale)));
             put(y + i, drawn, m);
         });
     });

@@ -12,7 +12,7 @@ from memopt import native_build
 from memopt.kernels.codecs import Codec
 from memopt.kernels.hashing import Rounding, base_key
 from memopt.kernels.native.cpp import codec_functions, header, literal, read
-from memopt.kernels.native.step_source import CPP_TYPES
+from memopt.kernels.native.step_body import CPP_TYPES
 
 
 class _Rows(ctypes.Structure):

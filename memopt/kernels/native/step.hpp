@@ -16,7 +16,7 @@ struct Task {           // one parameter; all fields are 8 bytes wide
 INLINE int64_t blocks_in_row(const Task& t, int64_t block) { return blocks_in_row(t.cols, t.flat, block); }
 INLINE vf first_lanes(vf x, int n) { return as_f(as_u(x) & (vu)(lanes() < splat_u((uint32_t)n))); }
 
-// The values of a block's 4-bit codes: a table of 16 where a permute finds them, else computed one by one.
+// The values of a block's 4-bit codes, whatever the higher bits: a table of 16 where a permute finds them, else computed.
 template <class D> struct Nibbles {
 #if MEMOPT_AVX512
     vf values;
@@ -25,7 +25,7 @@ template <class D> struct Nibbles {
 #else
     D decode;
     explicit Nibbles(D decode) : decode(decode) {}
-    inline __attribute__((always_inline)) vf operator()(vi code) const { return decode(to_float(code)); }
+    inline __attribute__((always_inline)) vf operator()(vi code) const { return decode(to_float(code & 15)); }
 #endif
 };
 template <class D> INLINE Nibbles<D> nibbles(D decode) { return Nibbles<D>(decode); }

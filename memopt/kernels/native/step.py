@@ -6,7 +6,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,24 @@ from memopt import native_build
 from memopt.kernels import hashing, step_torch
 from memopt.kernels.expr import Expr
 from memopt.kernels.native.cpp import evaluate
-from memopt.kernels.native.step_source import StepKind, step_source
+from memopt.kernels.native.step_body import StepKind
+from memopt.kernels.native.step_source import step_source
 from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest, Stored, mark_written
 
-_Kernel = tuple[Callable[..., None], list[Expr]]
 _Types = tuple[torch.dtype, torch.dtype, tuple[Any, ...]]
+FLAGS = ("-fschedule-insns",)  # what waits for each other stands further apart
 _GRAD = 6  # the place of the gradient's address in a row of the table
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A compiled step, with the expressions for its numbers; those at ``gains`` must not be negative."""
+
+    kind: StepKind
+    function: Callable[..., None]
+    uniforms: list[Expr]
+    gains: tuple[int, ...]
 
 
 def run(request: StepRequest) -> dict[str, Tensor]:
@@ -144,8 +155,8 @@ def _kernel(kind: StepKind) -> _Kernel | None:
 @functools.lru_cache(maxsize=256)
 def _built(kind: StepKind, flags: tuple[str, ...]) -> _Kernel | None:
     """The kernel of a kind; ``flags`` are those in force, which the user may change between steps."""
-    source, uniforms = step_source(kind)
-    library = native_build.build(f"step-{kind.update.name}", source)
+    source, uniforms, gains = step_source(kind)
+    library = native_build.build(f"step-{kind.update.name}", source, FLAGS)
     if library is None:
         return None
     function = library.run
@@ -158,16 +169,21 @@ def _built(kind: StepKind, flags: tuple[str, ...]) -> _Kernel | None:
         ctypes.c_int,
     ]
     function.restype = None
-    return function, uniforms
+    return _Kernel(kind, function, uniforms, tuple(gains.values()))
 
 
 def _call(
     kernel: _Kernel, table: array[int], count: int, scalars: Mapping[str, float], key: int, reductions: int
 ) -> Tensor:
-    function, uniforms = kernel
-    values = array("f", [evaluate(u, scalars) for u in uniforms] or [0.0])
+    values = array("f", [evaluate(u, scalars) for u in kernel.uniforms] or [0.0])
+    if any(values[i] < 0 for i in kernel.gains):
+        other = _kernel(replace(kernel.kind, scaled=False))
+        assert other is not None  # this machine has compiled the first one
+        return _call(other, table, count, scalars, key, reductions)
     sums = torch.zeros(count, reductions, dtype=torch.float64)
-    function(table.buffer_info()[0], count, values.buffer_info()[0], sums.data_ptr(), key, native_build.threads())
+    kernel.function(
+        table.buffer_info()[0], count, values.buffer_info()[0], sums.data_ptr(), key, native_build.threads()
+    )
     return sums
 
 
