@@ -97,7 +97,7 @@ class Switch:
 
     def __enter__(self) -> None:
         for planned in self.handle.blocks:
-            planned.calls = 0
+            planned.calls, planned.removed = 0, False
             planned.block.forward = planned
 
     def __exit__(self, *error: Any) -> None:

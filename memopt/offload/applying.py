@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memopt.offload.calls import Policy
-from memopt.offload.checking import check_actions, find_block, missing_fields
+from memopt.offload.checking import check_actions, check_plan, find_block, missing_fields, refuse_replica
 from memopt.offload.errors import PlanMismatchError
 from memopt.offload.origin import Counts
 from memopt.offload.planned import PlannedForward
@@ -44,6 +44,7 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, plan: PlanLike, folder: Any, limit_bytes: int | None) -> None:
+        check_plan(model, plan)
         self.model, self.plan = model, plan
         by_path: dict[str, dict[int, BlockPlan]] = {}
         for part in plan.blocks:
@@ -78,6 +79,7 @@ class Handle:
 
     def _entered(self, model: nn.Module, args: Any) -> None:
         if model is not self.model:
+            refuse_replica(model)
             return
         for planned in self.blocks:
             planned.calls = 0
@@ -123,6 +125,12 @@ class Handle:
         """A copy of the model carries the hook along; the hook still belongs to this model and does nothing there."""
         return self
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{type(self.model).__name__} runs under a memopt plan and cannot be pickled; save model.state_dict(), or "
+            "take the plan off first with handle.remove()"
+        )
+
     def remove(self) -> None:
         """Put every block's own forward back. Graphs made under the plan can still run backward. Safe to repeat."""
         if self._removed:
@@ -164,9 +172,14 @@ def apply(
 
     Raises:
         TypeError: not a plan.
-        PlanMismatchError: (a ValueError) the model lacks a block of the plan or is planned already; nothing is applied.
-            The first call of a block raises it too when operations or sizes differ; the plan is then taken off.
-        UnsupportedBlockError: (a ValueError) a block is compiled or scripted; nothing is applied.
+        PlanMismatchError: (a ValueError) the model lacks a block of the plan or is planned already, or the plan is
+            infeasible; nothing is applied. The first call of a block raises it too when operations or sizes differ; the
+            plan is then taken off.
+        UnsupportedBlockError: (a ValueError) a block is compiled or scripted, or the model is a ``DataParallel``;
+            nothing is applied.
+
+    Warns:
+        UserWarning: beside planned blocks there are others of their class that the plan does not know.
     """
     if missing := missing_fields(plan):
         lacking = " and ".join(missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from memopt.offload.template import Kind, Template
 from memopt.planner.values import Action, BlockPlan, StorageAction
 
 _ROUNDING = 512
+_REPLICAS = "which runs copies that a plan cannot follow; use torch.nn.parallel.DistributedDataParallel"
 _FIELDS = {"actions": "saved storage", "inputs": "saved input"}
 
 
@@ -24,7 +26,9 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
     try:
         block = model.get_submodule(path)
     except AttributeError:
-        near = [name for name, _ in model.named_modules() if name.split(".")[-1] == path.split(".")[-1]][:3]
+        names = [name for name, _ in model.named_modules()]
+        near = [name for name in names if name.endswith(f".{path}")]
+        near = (near or [name for name in names if name.split(".")[-1] == path.split(".")[-1]])[:3]
         hint = f"; the model has {', '.join(near)}" if near else ""
         raise PlanMismatchError(
             f"the plan is for a block {path!r}, which {type(model).__name__} lacks{hint}: plan again for this model"
@@ -39,6 +43,60 @@ def find_block(model: nn.Module, path: str) -> nn.Module:
         if type(module).__module__.startswith("torch.jit"):
             raise UnsupportedBlockError(f"block {where!r} is a TorchScript module, whose code cannot be replayed")
     return block
+
+
+def check_plan(model: nn.Module, plan: Any) -> None:
+    """Refuse a plan under which nothing fits, and a model that runs as copies of itself; warn of blocks left out.
+
+    Raises:
+        PlanMismatchError: the plan is infeasible.
+        UnsupportedBlockError: the model is, or holds, a ``torch.nn.DataParallel``.
+
+    Warns:
+        UserWarning: beside planned blocks there are others of their class that the plan does not know.
+    """
+    if getattr(plan, "smallest_budget_bytes", None) is not None and not plan.blocks:
+        raise PlanMismatchError(
+            f"the plan is infeasible: nothing fits its budget of {plan.budget_bytes} bytes, so that it has no actions; "
+            f"plan again with a budget of at least {plan.smallest_budget_bytes} bytes"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise UnsupportedBlockError(f"module {name!r} is a torch.nn.DataParallel, {_REPLICAS}")
+    if hasattr(plan, "model_signature"):
+        _warn_of_others(model, list(dict.fromkeys(part.path for part in plan.blocks)))
+
+
+def refuse_replica(model: nn.Module) -> None:
+    """Refuse a copy that ``torch.nn.DataParallel`` has made of a planned model.
+
+    Raises:
+        UnsupportedBlockError: it is one.
+    """
+    if getattr(model, "_is_replica", False):
+        raise UnsupportedBlockError(f"{type(model).__name__} runs inside a torch.nn.DataParallel, {_REPLICAS}")
+
+
+def _warn_of_others(model: nn.Module, paths: list[str]) -> None:
+    for parent in sorted({path.rpartition(".")[0] for path in paths}):
+        planned = {name: find_block(model, path) for path in paths if (name := _child(path, parent)) is not None}
+        kinds = {type(block) for block in planned.values()}
+        others = [
+            f"{parent}.{name}".strip(".")
+            for name, module in model.get_submodule(parent).named_children()
+            if type(module) in kinds and name not in planned and any(p.requires_grad for p in module.parameters())
+        ]
+        if others:
+            warnings.warn(
+                f"the plan does not know {', '.join(others)}, of the same class as blocks that it is for; they run "
+                "without a plan. Was it made for a model with fewer layers?",
+                stacklevel=4,
+            )
+
+
+def _child(path: str, parent: str) -> str | None:
+    before, _, name = path.rpartition(".")
+    return name if before == parent else None
 
 
 def check_actions(plan: BlockPlan) -> None:

@@ -45,6 +45,7 @@ class PlannedForward:
         self.own: Callable[..., Any] = block.forward
         self.was_attribute = "forward" in block.__dict__
         self.calls = 0
+        self.removed = False
         self._parameters: list[nn.Parameter] = list(block.parameters())
         self._partitioned: tuple[Partitioned, ...] = ()
         # Around the block torch.compile may do as it likes; in here everything must run as it is written.
@@ -62,7 +63,7 @@ class PlannedForward:
             # Inside the replay of an outer block: what this block saves is its own affair.
             with saved_tensors_hooks(_nothing, _nothing):
                 return self.own(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if self.removed or not torch.is_grad_enabled():
             return self.own(*args, **kwargs)
         number = self.calls % len(self.plans)
         if torch._C._current_graph_task_id() == -1:
@@ -181,7 +182,8 @@ class PlannedForward:
         )
 
     def restore(self) -> None:
-        """Put the block's own forward back."""
+        """Put the block's own forward back; whoever has covered this one in the meantime comes to it through here."""
+        self.removed = True
         if self.block.__dict__.get("forward") is self:
             if self.was_attribute:
                 self.block.forward = self.own

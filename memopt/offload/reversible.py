@@ -52,7 +52,7 @@ class Reversible(nn.Module):
         """Both streams through every pair.
 
         Raises:
-            ValueError: the streams differ in shape or dtype.
+            ValueError: the streams differ in shape or dtype, or a module returns something else than its input's shape.
         """
         if x1.shape != x2.shape or x1.dtype != x2.dtype:
             one, other = f"{tuple(x1.shape)} {x1.dtype}", f"{tuple(x2.shape)} {x2.dtype}"
@@ -73,11 +73,21 @@ def _forward(stack: Reversible, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor,
     states = []
     for f, g in stack.pairs:
         before_f = random_states(_generators(x1))
-        x1 = x1 + f(x2)
+        x1 = x1 + _alike(f(x2), x1, f)
         before_g = random_states(_generators(x1))
-        x2 = x2 + g(x1)
+        x2 = x2 + _alike(g(x1), x2, g)
         states.append([before_f, before_g])
     return x1, x2, states
+
+
+def _alike(moved: Any, x: Tensor, module: nn.Module) -> Tensor:
+    if not isinstance(moved, Tensor) or moved.shape != x.shape:
+        found = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
+        raise ValueError(
+            f"{type(module).__name__} of a reversible pair returned {found} for an input of shape {tuple(x.shape)}; it "
+            "must return one tensor of the same shape"
+        )
+    return moved
 
 
 class _Stack(torch.autograd.Function):
@@ -91,6 +101,11 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a Reversible stack cannot be differentiated twice (create_graph=True): it rebuilds its inputs without "
+                "a graph; call its pairs yourself for such a step"
+            )
         y1, y2 = ctx.saved_tensors
         gradients: dict[int, Tensor] = {}
         outside = random_states(_generators(y1))

@@ -24,8 +24,9 @@ class StandIn(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         raise ReplayError(
-            f"{func} was given a tensor that a replayed block left behind; such a tensor has no data. Do not keep "
-            "tensors that a block's forward makes in lists or globals, or keep this block out of the plan"
+            f"{func} was given a tensor that a replayed block left behind; such a tensor has no data. Do "
+            "not keep tensors that a block's forward, or a hook inside it, makes in lists or globals: backward runs "
+            "both again; or keep this block out of the plan"
         )
 
 

@@ -30,8 +30,18 @@ class Tiled:
         self._was_attribute = module.__dict__.get("forward")
         module.forward = self
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output, tile by tile."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's output, tile by tile.
+
+        Raises:
+            TypeError: there is no positional tensor to cut.
+        """
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(
+                f"{type(self.module).__name__} runs in tiles: give the tensor to be cut as its first positional "
+                f"argument; got {len(args)} positional ones and {', '.join(kwargs) or 'no keywords'}"
+            )
+        x, *args = args  # type: ignore[assignment]
         pieces = []
         for piece in x.chunk(self.chunks, self.dim):
             if self.recompute and torch.is_grad_enabled():
@@ -76,14 +86,18 @@ def tile(
         A handle with ``remove()``; the axis is in ``handle.dim``.
 
     Raises:
-        ValueError: ``chunks`` is below 2 or the inputs have no tensor first; no axis, or not the given one, gives the
-            same output.
+        ValueError: ``chunks`` is below 2, the inputs have no tensor first, or the module runs in tiles already; no
+            axis, or not the given one, gives the same output.
     """
-    if chunks < 2:
-        raise ValueError(f"chunks is {chunks}; a module is cut into at least 2 tiles")
+    if not isinstance(chunks, int) or chunks < 2:
+        raise ValueError(f"chunks is {chunks!r}; a module is cut into a whole number of tiles, at least 2")
+    if isinstance(module.__dict__.get("forward"), Tiled):
+        raise ValueError(f"{type(module).__name__} runs in tiles already; take them off first with remove()")
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() < 2:
         raise ValueError("inputs must begin with the tensor of at least 2 dimensions that is to be cut")
     x = inputs[0]
+    if dim is not None and not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim is {dim}; the input of shape {tuple(x.shape)} has {x.dim()} dimensions")
     candidates = [dim % x.dim()] if dim is not None else sorted(range(x.dim() - 1), key=lambda d: (d != 1, d))
     for axis in candidates:
         if x.shape[axis] >= 2 and _same_in_tiles(module, inputs, axis):

@@ -50,12 +50,12 @@ def test_extents_are_used_again_and_joined(tmp_path: Path) -> None:
         held[n] = (tier.put(x), x)
     slot = None
     assert tier._end < 9 * 9000 * 4 * 3
-    spaces = sorted([*tier._free, *((one._offset, one._length) for one, _ in held.values())])
+    spaces = sorted([*tier.free_extents(), *((one._offset, one._length) for one, _ in held.values())])
     for (start, length), (following, _) in pairwise(spaces):
         assert start + length == following
     held.clear()
     gc.collect()
-    assert tier._free == [(0, tier._end)]
+    assert tier.free_extents() == [(0, tier._end)]
     assert tier.held_bytes == 0
 
 

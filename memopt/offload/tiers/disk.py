@@ -15,6 +15,8 @@ import errno
 import fcntl
 import os
 import tempfile
+import threading
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -89,6 +91,8 @@ class DiskTier(Tier):
         fcntl.flock(self._file, fcntl.LOCK_EX)
         Path(name).unlink(missing_ok=True)
         self._free: list[tuple[int, int]] = []
+        self._returned: deque[tuple[int, int]] = deque()
+        self._lock = threading.RLock()
         self._end = 0
 
     def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
@@ -102,7 +106,11 @@ class DiskTier(Tier):
             SwapError: the limit is reached or the disk is full.
         """
         length = max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT
-        for n, (offset, room) in enumerate(self._free):
+        with self._lock:
+            return self._allocate(length)
+
+    def _allocate(self, length: int) -> tuple[int, int]:
+        for n, (offset, room) in enumerate(self.free_extents()):
             if room >= length:
                 if room == length:
                     del self._free[n]
@@ -123,8 +131,19 @@ class DiskTier(Tier):
         return offset, length
 
     def free(self, offset: int, length: int) -> None:
-        """Take an extent back and join it with its neighbours."""
-        self._free.append((offset, length))
+        """Take an extent back: noted only, because slots die in other threads, and in the middle of anything."""
+        self._returned.append((offset, length))
+
+    def free_extents(self) -> list[tuple[int, int]]:
+        """What may be handed out, (offset, length) in order, with what has come back in the meantime; none touch."""
+        with self._lock:
+            if self._returned:
+                self._join_returned()
+            return self._free
+
+    def _join_returned(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
         self._free.sort()
         joined: list[tuple[int, int]] = []
         for start, room in self._free:
