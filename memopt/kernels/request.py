@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from memopt.kernels.quantized import FLOATS, Quantized, check_floating, check_ro
 from memopt.kernels.update import Update
 
 Stored = Tensor | Quantized
+_FACTOR = "gradient_factor"
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,31 @@ class StepRequest:
     numbers: Sequence[int]
     offsets: Sequence[int]
     param_rounding: str
+    guard: Tensor | None = None
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
         """Block sizes of the quantised states; (1,) where there are none."""
         return tuple(c.block for c in self.codecs if c is not None) or (1,)
+
+
+def unguarded(request: StepRequest) -> StepRequest | None:
+    """The request with its guard read on the host and carried out; None where the step is called off."""
+    if request.guard is None:
+        return request
+    factor, off = request.guard.tolist()
+    scaled = replace(request, update=_scaled(request.update), scalars={**request.scalars, _FACTOR: factor}, guard=None)
+    return None if off > 0 else scaled
+
+
+@functools.lru_cache(maxsize=64)
+def _scaled(update: Update) -> Update:
+    """The same rule on gradients times a scalar."""
+
+    def fn(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, ...]:
+        return update.fn(p, g * getattr(s, _FACTOR), states, s)
+
+    return replace(update, name=f"{update.name}_scaled", scalars=(*update.scalars, _FACTOR), fn=fn)
 
 
 def mark_written(request: StepRequest, members: Sequence[int]) -> None:
@@ -61,6 +84,9 @@ def check(request: StepRequest) -> None:
     missing = [name for name in update.scalars if name not in request.scalars]
     if missing:
         raise ValueError(f"scalars lacks {', '.join(missing)}, which update {update.name!r} needs")
+    guard = request.guard
+    if guard is not None and (guard.shape != (2,) or guard.dtype != torch.float32):
+        raise ValueError(f"guard must be 2 float32 numbers, got {guard.dtype} of shape {tuple(guard.shape)}")
     check_rounding(request.param_rounding)
     for rounding in request.roundings:
         check_rounding(rounding)

@@ -11,7 +11,7 @@ from torch import Tensor
 from memopt.kernels import step_torch
 from memopt.kernels.backend import choose_backend
 from memopt.kernels.codecs import Codec, get_codec
-from memopt.kernels.request import StepRequest, Stored, check
+from memopt.kernels.request import StepRequest, Stored, check, unguarded
 from memopt.kernels.strided import Runner, run_contiguous
 from memopt.kernels.update import Update
 
@@ -33,6 +33,7 @@ def step(
     offsets: Sequence[int] | None = None,
     roundings: Sequence[str | None] | None = None,
     param_rounding: str = "nearest",
+    guard: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Applies ``update`` to every parameter in place.
 
@@ -51,6 +52,8 @@ def step(
             sharded one; default 0.
         roundings: for each state ``"nearest"`` or ``"stochastic"``; default: the codec's own, nearest for plain ones.
         param_rounding: how parameters below 32 bits are rounded.
+        guard: two float32 numbers: what gradients are multiplied by, and whether (above 0) the step is called off, as a
+            ``GradScaler`` decides. Triton reads them on the device, so that the host need not wait.
 
     Returns:
         The rule's reductions by name, float32 (number of parameters,); empty for most rules.
@@ -63,11 +66,16 @@ def step(
         "offsets": offsets,
         "roundings": roundings,
         "param_rounding": param_rounding,
+        "guard": guard,
     }
     request = step_request(update, params, grads, states, codecs, scalars, seed=seed, step=step, **options)
     if not params:
         return {name: torch.zeros(0) for name in update.reductions}
-    return run_contiguous(request, _runner(choose_backend(params[0].device)))
+    backend = choose_backend(params[0].device)
+    ready = request if backend == "triton" else unguarded(request)
+    if ready is None:
+        return {name: torch.zeros(len(params), device=params[0].device) for name in update.reductions}
+    return run_contiguous(ready, _runner(backend))
 
 
 def step_request(
@@ -84,6 +92,7 @@ def step_request(
     offsets: Sequence[int] | None = None,
     roundings: Sequence[str | None] | None = None,
     param_rounding: str = "nearest",
+    guard: Tensor | None = None,
 ) -> StepRequest:
     """The checked arguments of :func:`step`, whose docstring says what each of them is.
 
@@ -119,6 +128,7 @@ def step_request(
         numbers=numbers if numbers is not None else range(len(params)),
         offsets=offsets if offsets is not None else (0,) * len(params),
         param_rounding=param_rounding,
+        guard=guard,
     )
     check(request)
     return request

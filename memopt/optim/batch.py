@@ -126,6 +126,7 @@ class Batch:
         slots: how they are updated: a slot may hold a gathered copy of a sharded parameter.
         grads: one gradient per slot.
         repeated: whether the batch has served a step before: it is then worth while to prepare its passes.
+        guard: what the kernels read on the device of a ``GradScaler``, where the host does not.
     """
 
     group: Mapping[str, Any]
@@ -135,6 +136,7 @@ class Batch:
     slots: list[Slot] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     repeated: bool = False
+    guard: Tensor | None = None
     _singles: list[Batch] = field(default_factory=list)
     _launches: dict[tuple[Update, str], Launch | None] = field(default_factory=dict)
 
@@ -223,6 +225,8 @@ class Batch:
             ],
             "param_rounding": rounding,
         }
+        if self.guard is not None:
+            options["guard"] = self.guard
         if hasattr(kept_by, "step"):  # of a format that needs more than one pass
             join = sharding.join_columns([slot.param for slot in self.slots])
             sums: dict[str, Tensor] = kept_by.step(*arguments, **options, join=join)

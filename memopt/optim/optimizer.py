@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import State
-from memopt.optim import checkpoint, checks, kahan, sharding
+from memopt.optim import checkpoint, checks, kahan, scaling, sharding
 from memopt.optim.batch import Batch, Slot
 from memopt.optim.coverage import All, Coverage
 from memopt.optim.formats import StateFormat, format_for, get_format
 from memopt.optim.gathering import Gathering
 from memopt.optim.layout import Extent, is_flat
+from memopt.optim.scaling import Uncertain
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -46,6 +47,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets the two tensors below for the time of a step
     grad_scale: Tensor | None  # what gradients were multiplied by
     found_inf: Tensor  # above 0 where one of them is not finite
+    _guard: Tensor | None = None  # both as the kernels read them, during a step that leaves them on the device
 
     def __init__(
         self,
@@ -69,12 +71,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._check_options(defaults)
         defaults["state"] = get_format(state).name
         self._gathering = Gathering()
+        self._uncertain = Uncertain()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._gathering = Gathering()
+        self._uncertain = Uncertain()
         self.defaults.pop("differentiable", None)  # torch adds it, for optimizers that can be differentiated through
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._uncertain.settle()
+        return super().__getstate__()
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` or ``TypeError`` where one of the rule's own options in ``group`` is wrong."""
@@ -135,19 +143,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._found_inf():
+        self._uncertain.settle()
+        self._guard = scaling.guard_of(self)
+        if self._guard is None and self._found_inf():
             return loss
         batches = self._gathering.batches(self)
         if not self._skips(batches):
             for batch in batches:
                 for slot in batch.slots:
                     slot.stored["step"] = batch.step
+                batch.guard = self._guard
                 self.update(batch)
                 for param, slot in zip(batch.params, batch.slots, strict=True):
                     if slot.param is not param:
                         sharding.scatter(slot.param, param)
+            if self._guard is not None:
+                self._uncertain.note(self.found_inf, (slot.stored for batch in batches for slot in batch.slots))
         for batch in batches:
             batch.forget()
+        self._guard = None
         return loss
 
     def state_bytes(self) -> int:
@@ -157,6 +171,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: plain tensors and numbers. Groups also carry the rule, the format, the seed and a version."""
+        self._uncertain.settle()
         return checkpoint.export(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -173,7 +188,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What rules multiply gradients by: -1 to maximise, over the scale of a ``GradScaler``."""
         sign = -1.0 if group["maximize"] else 1.0
         scale = getattr(self, "grad_scale", None)
-        return sign if scale is None else sign / float(scale)
+        return sign if scale is None or self._guard is not None else sign / float(scale)
 
     def _found_inf(self) -> bool:
         return float(getattr(self, "found_inf", 0.0)) > 0

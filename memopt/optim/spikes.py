@@ -71,5 +71,6 @@ def adjusted(scalars: Mapping[str, float], group: Mapping[str, Any], step: int) 
     if group["spike_threshold"] is not None:
         known = since_reset(group, step) - 1  # steps that the moment has seen
         bias = 1.0 - float(group["betas"][1]) ** known
-        changed["spike_threshold"] = float(group["spike_threshold"]) / bias if known else _NO_LIMIT
+        limit = float(group["spike_threshold"]) / bias / scalars["grad_scale"] ** 2 if known else _NO_LIMIT
+        changed["spike_threshold"] = min(limit, _NO_LIMIT)  # gradients are compared as they come
     return changed

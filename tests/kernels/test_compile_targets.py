@@ -11,9 +11,12 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 import memopt.kernels
-from benchmarks.gpu_targets import jobs, measure
+from benchmarks.gpu_targets import jobs, measure, step_kind
+from memopt.kernels.gpu.targets import compile_step
+from memopt.optim.rules.adamw import ADAMW
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEAVY = ("tile ", "logit ", "norm 8192 backward", "step adamw 8bit bfloat16, whole", "step adamw 4bit bfloat16, ragged")
@@ -27,6 +30,13 @@ def test_kernels_compile_without_spills(target: str) -> None:
     assert [row["kernel"] for row in rows] == names
     assert not [row["kernel"] for row in rows if row["spilled"]]
     assert all(row["registers"] > 0 for row in rows)
+
+
+def test_a_step_under_a_grad_scaler_compiles_too() -> None:
+    for target, whole in (("sm_90", True), ("gfx942", False)):
+        kind = step_kind(ADAMW, "8bit", torch.bfloat16)
+        _, spilled, _ = compile_step(kind, target, 256 if whole else 512, whole, guarded=True)
+        assert not spilled
 
 
 def test_every_kernel_is_listed() -> None:
