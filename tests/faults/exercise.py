@@ -1,21 +1,38 @@
-"""Calls the native kernels on odd sizes and from many threads; run by the tests under a sanitizer's runtime.
+"""Calls the native code on odd sizes and from many threads; run by the tests under a sanitizer's runtime.
 
-``python -m tests.faults.exercise all`` takes every rule and format, ``few`` a few of them.
+``python -m tests.faults.exercise all`` takes every rule, format and codec, ``few`` a few of them; words behind it
+choose parts: ``all layers arena``.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from memopt import linear_cross_entropy
-from memopt.kernels import codec_names, contrastive_loss, dequantize_blockwise, get_codec, quantize_blockwise
+from memopt.kernels import (
+    codec_names,
+    contrastive_loss,
+    dequantize_blockwise,
+    geglu,
+    get_codec,
+    layer_norm,
+    pack_mask,
+    packed_relu,
+    quantize_blockwise,
+    rms_norm,
+    rotary_,
+    seeded_dropout,
+    swiglu,
+    unpack_mask,
+)
 from memopt.optim import make
 from memopt.optim.registry import rules_by_name
 from memopt.planner import Buffer, place
+from tests.offload import test_arena
 
 SHAPES = ((3, 257), (7,), (), (0,), (5, 128), (1, 1023), (2, 3, 5))
 FEW = (("adamw", "8bit"), ("adamw", "4bit"))
@@ -52,6 +69,27 @@ def losses(dtypes: tuple[torch.dtype, ...]) -> None:
         contrastive_loss(hidden, torch.randn(13, 24).to(dtype), logit_scale=torch.tensor(3.0)).backward()
 
 
+def layers(dtypes: tuple[torch.dtype, ...]) -> None:
+    for dtype in dtypes:
+        for rows, width in ((0, 8), (1, 1), (3, 34), (37, 130)):
+            x = torch.randn(rows, width).to(dtype).requires_grad_()
+            weight = torch.rand(width).to(dtype).requires_grad_()
+            y = layer_norm(rms_norm(x, weight), weight, weight.sin())
+            y = swiglu(y, y * 2) + geglu(y, y.flip(0), "tanh") + geglu(y, y)
+            if width % 2 == 0:
+                angles = torch.rand(rows, width // 2)
+                y = rotary_(rotary_(y * 1, angles.cos(), angles.sin()), angles.cos(), angles.sin(), interleaved=True)
+            seeded_dropout(packed_relu(y), 0.25, seed=3).sum().backward()
+            unpack_mask(pack_mask(x > 0), (rows, width))
+
+
+def arena() -> None:
+    for seed in range(2):
+        test_arena.test_replayed_steps_lie_where_the_plan_says(seed)
+        test_arena.test_steps_off_the_plan_follow_the_oracle(seed)
+    test_arena.test_threads_share_no_address()
+
+
 def addresses() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(1, 50, (120, 3), generator=generator).tolist()
@@ -77,24 +115,30 @@ def together(work: Callable[[], None], threads: int) -> None:
         raise failures[0]
 
 
-def main(much: str) -> None:
-    every = tuple((rule, state) for rule in rules_by_name() for state in FORMATS)
-    chosen = every if much == "all" else FEW
-    names = tuple(codec_names()) if much == "all" else tuple(codec_names())[:1]
-    dtypes = (torch.float32, torch.bfloat16, torch.float16) if much == "all" else (torch.bfloat16,)
-    quantisers(names, dtypes)
-    steps(chosen)
-    losses(dtypes[:2])
-    addresses()
+def main(much: str, parts: Sequence[str]) -> None:
+    every = much == "all"
+    names = tuple(codec_names()) if every else tuple(codec_names())[:1]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if every else (torch.bfloat16,)
+    chosen = tuple((rule, state) for rule in rules_by_name() for state in FORMATS) if every else FEW
 
     def mixed() -> None:
         quantisers(names[:1], dtypes[:1])
         steps(FEW[:1])
         losses(dtypes[:1])
 
-    together(mixed, 100)
+    work: dict[str, Callable[[], None]] = {
+        "codecs": lambda: quantisers(names, dtypes),
+        "steps": lambda: steps(chosen),
+        "losses": lambda: losses(dtypes[:2]),
+        "layers": lambda: layers(dtypes),
+        "addresses": addresses,
+        "arena": arena,
+        "threads": lambda: together(mixed, 100),
+    }
+    for part in parts or work:
+        work[part]()
     sys.stdout.write("exercised\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
