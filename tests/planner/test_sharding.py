@@ -62,16 +62,40 @@ def test_zero_stages_shard_more_and_more(whole: Trace) -> None:
     assert weights == pytest.approx(plain["weights"] / 4, rel=0.01)
 
 
-def test_zero_3_gathers_one_block_before_it_runs(whole: Trace) -> None:
+def spans(found: Trace, name: str) -> list[tuple[int, int]]:
+    return [(storage.birth, storage.death) for storage in found.storages if storage.name == name]
+
+
+def test_fsdp2_gathers_a_block_while_the_one_before_it_runs_backward(whole: Trace) -> None:
     found = shard(whole, Degrees(data=4, zero=3))
-    gathered = [s for s in found.storages if s.name.startswith("gathered weights of blocks.2")]
     block, before, after = whole.blocks[2], whole.blocks[1], whole.blocks[3]
-    assert [(s.birth, s.death) for s in gathered] == [
-        (before.forward[0], block.forward[1]),
-        (after.backward[0], block.backward[1]),
+    assert spans(found, "gathered parameters of blocks.2") == [block.forward, block.backward]
+    assert spans(found, "gathering buffer of blocks.2") == [
+        (block.forward[0], after.forward[0]),
+        (after.backward[0], block.backward[0]),
     ]
+    assert spans(found, "reduction buffer of blocks.2") == [(block.backward[1], before.backward[1])]
     one_layer = sum(parameter.nbytes for parameter in nets.Layer(64, 4).parameters())
-    assert gathered[0].bytes == pytest.approx(one_layer * 3 / 4, rel=0.01)
+    copies = {s.bytes for s in found.storages if s.name.endswith(" of blocks.2")}
+    assert copies == {one_layer}
+
+
+def test_fsdp2_keeps_the_root_gathered_until_backward_is_over(whole: Trace) -> None:
+    found = shard(whole, Degrees(data=4, zero=3))
+    backward = [op.index for op in whole.ops if op.phase is Phase.BACKWARD]
+    assert spans(found, "gathered parameters of the root") == [(0, backward[-1] + 1)]
+    (size,) = {s.bytes for s in found.storages if s.name == "gathered parameters of the root"}
+    model = nets.GPT(layers=4)
+    assert size == sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in model.blocks.parameters())
+
+
+def test_buffers_are_whole_everywhere() -> None:
+    images = torch.zeros(2, 3, 32, 32)
+    step = trace(nets.ResNet(), (images,), optimizer="sgd")
+    buffers = {s.name: s.bytes for s in step.storages if s.name.startswith("buffer ")}
+    found = shard(step, Degrees(data=2, zero=3))
+    assert buffers
+    assert {s.name: s.bytes for s in found.storages if s.name.startswith("buffer ")} == buffers
 
 
 def test_every_stage_peaks_lower(whole: Trace) -> None:

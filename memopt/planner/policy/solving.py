@@ -72,9 +72,14 @@ def smallest_peak(
     """Find the choices with the smallest peak, and that peak in the program's own terms.
 
     The problem's budget must leave out no position that matters; 0, with which it is built, keeps them all.
+
+    Raises:
+        SolverError: as ``solve``; also where the solver answers that there is no peak, which cannot be.
     """
     run = _Run(problem, time_limit, solver, PEAK_GAP, seek_peak=True, tiled=tiled)
     solution = run.solve()
+    if solution.status is Status.INFEASIBLE:
+        raise SolverError(f"solver {solver!r} answered that no peak is possible")
     return math.ceil(run.peak_bytes), solution
 
 

@@ -50,6 +50,7 @@ _LOSS_OPERATIONS = frozenset(
 _NO_STORAGE = (NotImplementedError, RuntimeError, ValueError)  # sparse, functional and uninitialised tensors
 _DEVICE = torch.ops.prim.device.default
 _OWN = "memopt"
+_UNNAMED = "input"
 _LOSS_WORDS = ("cross_entropy", "contrastive", "logit", "softmax_gradient", "column_statistics", "pair_gradient")
 _FIRST_IS_LOGITS = frozenset(
     {
@@ -123,10 +124,18 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def adopt_module(self, module: nn.Module) -> None:
         """Counts a module's parameters and buffers as weights and follows its parameters' gradients."""
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             self.adopt_parameter(parameter)
-        for buffer in module.buffers():
+            self._name(parameter, f"parameter {name}")
+        for name, buffer in module.named_buffers():
             self.adopt(buffer, Category.WEIGHTS)
+            self._name(buffer, f"buffer {name}")
+
+    def _name(self, value: Tensor, name: str) -> None:
+        for tensor in tensors_in(value):
+            record = self.observe(tensor)
+            if record is not None and record.name == _UNNAMED:
+                record.name = name
 
     def adopt_parameter(self, parameter: Tensor) -> None:
         """Counts one parameter as a weight, and what becomes its gradient as a gradient."""
@@ -213,7 +222,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             birth=birth,
             death=None,
             producer=birth if name else None,
-            name=name or (record.name if record else "input"),
+            name=name or (record.name if record else _UNNAMED),
             device=device,
             category=record.category if record else None,
         )

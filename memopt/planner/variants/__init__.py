@@ -10,7 +10,7 @@ from memopt.planner.variants.changes import (
     one_block_at_a_time,
     release_gradients,
 )
-from memopt.planner.variants.passes import last_pass
+from memopt.planner.variants.passes import last_pass, pass_starts
 
 __all__ = [
     "STATES",
@@ -21,5 +21,6 @@ __all__ = [
     "live_bytes",
     "offload_state",
     "one_block_at_a_time",
+    "pass_starts",
     "release_gradients",
 ]
