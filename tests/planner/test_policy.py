@@ -15,6 +15,7 @@ from memopt.planner import Action, SolverError, Status, Trace, plan
 from memopt.planner.baselines import BASELINES, baseline
 from memopt.planner.baselines.memo import alpha
 from memopt.planner.devices import Rates
+from memopt.planner.planning import deciding
 from memopt.planner.policy import smallest_peak, solve
 from memopt.planner.problem import Problem, build
 from memopt.planner.validation import simulate
@@ -187,6 +188,37 @@ def test_nonsense_answers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulp.PULP_CBC_CMD, "actualSolve", answer)
     trace = transformer(3)
     with pytest.raises(SolverError, match="answered no integers"):
+        plan(trace, int(trace.peak_bytes * 0.8), CPU)
+
+
+@pytest.mark.parametrize(
+    ("status", "found", "message"),
+    [
+        (pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible, "no peak is possible"),
+        (pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound, "found nothing in time .*longer time_limit"),
+    ],
+)
+def test_a_solver_that_gives_up_is_an_error_not_a_plan(
+    monkeypatch: pytest.MonkeyPatch, status: int, found: int, message: str
+) -> None:
+    def give_up(self: Any, lp: Any, **_: Any) -> int:
+        lp.assignStatus(status, found)
+        return status
+
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "actualSolve", give_up)
+    trace = transformer(3)
+    with pytest.raises(SolverError, match=message):
+        plan(trace, int(trace.peak_bytes * 0.8), CPU)
+
+
+def test_a_plan_that_breaks_a_rule_is_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever went wrong before: here sizes change on the way from the solver to the plan."""
+    parts = deciding._parts
+    monkeypatch.setattr(
+        deciding, "_parts", lambda saved, taken: [replace(one, bytes=one.bytes + 1) for one in parts(saved, taken)]
+    )
+    trace = transformer(3)
+    with pytest.raises(SolverError, match=r"breaks a rule and is withheld: block .* has \d+ bytes, not \d+"):
         plan(trace, int(trace.peak_bytes * 0.8), CPU)
 
 
