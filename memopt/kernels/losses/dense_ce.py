@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memopt.kernels.losses.settings import LossStats
@@ -78,8 +77,3 @@ def dense_linear_cross_entropy(
         entropy = -(torch.where(p > 0, p * log_p, 0.0)).sum(-1) * counted
         accuracy = correct.sum().to(log_p.dtype) / counted.sum()
     return total, LossStats(lse, entropy.detach(), accuracy)
-
-
-def plain_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The loss as most training loops write it, everything in the dtype of ``hidden``; what benchmarks compare with."""
-    return F.cross_entropy(hidden @ weight.t(), target)
