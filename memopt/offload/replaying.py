@@ -85,6 +85,7 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tape: takes the operations.
         last_pack: the saved tensor after which to stop.
         wanted: the saved tensors, by number, that backward may ask for.
+        sources: those whose values are there; of no others is noted what they are.
         eager: compute everything at once, from the first operation on.
         outside: the tensors that the block may read but, beyond what the template says, not overwrite.
     """
@@ -95,14 +96,15 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tape: Tape,
         last_pack: int,
         wanted: set[int],
+        sources: Iterable[int],
         eager: bool,
         outside: Callable[[], Iterable[Tensor]],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._wanted = wanted
+        self._wanted, self._noted = wanted, wanted.union(sources)
         self._outside = outside
         self.template, self.tape, self.last_pack, self.eager = template, tape, last_pack, eager
-        self.seen: list[Seen] = []
+        self.seen: list[Seen | None] = []
         self._position = 0
         self._ops = template.ops
         self._ordinal = 0
@@ -133,7 +135,8 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: Tensor) -> None:
         """Saved-tensor hook of the replay; nothing is saved."""
-        self.seen.append(Seen(tensor, len(self.seen) in self._wanted))
+        number = len(self.seen)
+        self.seen.append(Seen(tensor, number in self._wanted) if number in self._noted else None)
         if len(self.seen) > self.last_pack:
             raise Reached
 

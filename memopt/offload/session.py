@@ -39,7 +39,7 @@ class Sessions:
         self.sources: dict[int, ref[Kept | Piece]] = {}
         self._lock = threading.RLock()
         self._tape: Tape | None = None
-        self._seen: list[Seen] = []
+        self._seen: list[Seen | None] = []
         self._waiting: set[int] = set()
 
     def unpack(self, number: int, expected: Layout) -> Tensor:
@@ -82,7 +82,7 @@ class Sessions:
                 ) from error
             self._tape.release(seen.key)
         self._waiting.discard(number)
-        self._seen[number].tensor = None if seen.key is None else seen.tensor
+        seen.tensor = None
         if not self._waiting:
             self._close()
         return value
@@ -115,8 +115,8 @@ class Sessions:
             counts.reasons.add(f"block {self.origin.where}: {reason}")
         assert self._tape is not None
         self._supply()
-        wanted = [self._seen[n].key for n in sorted(self._waiting) if n < len(self._seen)]
-        self._tape.expect([key for key in wanted if key is not None])
+        seen = [self._seen[n] for n in sorted(self._waiting) if n < len(self._seen)]
+        self._tape.expect([one.key for one in seen if one is not None and one.key is not None])
 
     def _supply(self) -> None:
         """Tell the tape which values kept and swapped storages hold."""
@@ -125,7 +125,7 @@ class Sessions:
             if handle is None or number >= len(self._seen):
                 continue
             seen = self._seen[number]
-            if seen.key is not None and not seen.key[0].available(seen.key[1]):
+            if seen is not None and seen.key is not None and not seen.key[0].available(seen.key[1]):
                 chain, version = seen.key
                 if isinstance(handle, Kept):
                     if Layout.of(handle.tensor).dtype == seen.layout.dtype:
@@ -142,7 +142,13 @@ class Sessions:
         if eager and tape.stale:
             raise tape.overwritten()
         replayer = Replayer(
-            template, tape, max(self.needs.last_pack, *self._waiting), self._waiting, eager, self._outside
+            template,
+            tape,
+            max(self.needs.last_pack, *self._waiting),
+            self._waiting,
+            self.sources,
+            eager,
+            self._outside,
         )
         self._tape, self._seen = tape, replayer.seen
         args, kwargs = self._arguments(replayer)

@@ -65,7 +65,9 @@ class Node:
             must not stay: it leads to the replay's graph, whose hooks hold the replay: a cycle that nothing would free.
     """
 
-    __slots__ = ("args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "reads", "real", "written")
+    __slots__ = (
+        "_places", "args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "reads", "real", "written",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class Node:
     ) -> None:
         self.func = func
         self.args, self.kwargs = with_operands(args, kwargs, operands)
+        # Where the holes are, unless some are in lists or keywords.
+        self._places = [n for n, one in enumerate(self.args) if type(one) is Hole]
         self.holes = [one for one in operands if type(one) is Hole]
         self.fresh, self.written, self.ordinal = fresh, written, ordinal
         self.done = False
@@ -89,7 +93,12 @@ class Node:
 
     def filled(self, tensors: Iterable[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Its arguments, the holes filled in order."""
-        return with_operands(self.args, self.kwargs, tensors, Hole)
+        if len(self._places) < len(self.holes):
+            return with_operands(self.args, self.kwargs, tensors, Hole)
+        args = list(self.args)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            args[place] = tensor
+        return args, self.kwargs
 
 
 class Tape:

@@ -43,12 +43,17 @@ def operands_and_constants(args: Iterable[Any], kwargs: dict[str, Any]) -> tuple
     """
     tensors: list[Tensor] = []
     found: list[Any] = []
+    floats = False
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, (list, tuple)):
+            if value and type(value[0]) is int:  # sizes, strides: the most frequent, and never mixed with tensors
+                found.append(list(value))
+                continue
             tensors.extend(item for item in value if isinstance(item, Tensor))
             found.append([None if isinstance(item, Tensor) else item for item in value])
         else:
+            floats = floats or isinstance(value, float)
             found.append(value)
-    return tensors, [value for value in found if not isinstance(value, float)] if tensors else found
+    return tensors, [value for value in found if not isinstance(value, float)] if floats and tensors else found
