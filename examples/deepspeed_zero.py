@@ -16,7 +16,6 @@ import torch.distributed as dist
 import typer
 
 import memopt
-from examples.fsdp2 import headroom_bytes as gathered_bytes
 from examples.gpt import GPT, GPTConfig, batches, read_text
 from memopt.optim import AdamW8bit
 from memopt.planner import Degrees, Plan, parse_bytes, shard
@@ -25,9 +24,9 @@ BUCKET = 2**18  # elements that DeepSpeed reduces together; its default is sized
 
 
 def headroom_bytes(model: GPT, stage: int) -> int:
-    """What DeepSpeed holds that a plan does not count: its copy of the share, buckets, and gathered parameters."""
+    """What DeepSpeed holds that a plan does not count: its copy of the share, and buckets."""
     share = sum(p.nbytes for p in model.parameters()) // dist.get_world_size()
-    return share + 8 * BUCKET + gathered_bytes(model) if stage == 3 else share + 4 * BUCKET
+    return share + (8 if stage == 3 else 4) * BUCKET
 
 
 def planned(model: GPT, inputs: tuple[torch.Tensor, torch.Tensor], stage: int, budget: int | str) -> Plan:

@@ -21,13 +21,7 @@ import memopt
 from examples.gpt import GPT, GPTConfig, batches, read_text
 from memopt.integrations.checkpoints import Checkpoints
 from memopt.optim import AdamW8bit
-from memopt.planner import Degrees, parse_bytes, shard
-
-
-def headroom_bytes(model: GPT) -> int:
-    """What FSDP2 holds that a plan does not count: parameters outside blocks, gathered, and copies of two blocks."""
-    in_blocks = sum(p.nbytes for p in model.blocks.parameters())
-    return sum(p.nbytes for p in model.parameters()) - in_blocks + 2 * in_blocks // len(model.blocks)
+from memopt.planner import Degrees, shard
 
 
 def sharded(model: GPT, inputs: tuple[torch.Tensor, torch.Tensor], budget: str) -> nn.Module:
@@ -35,7 +29,7 @@ def sharded(model: GPT, inputs: tuple[torch.Tensor, torch.Tensor], budget: str) 
     # memopt: trace the whole model, divide it among the ranks, plan
     trace = memopt.trace(model, inputs, optimizer="adamw8bit", device=inputs[0].device.type)
     one_rank = shard(trace, Degrees(data=dist.get_world_size(), zero=3))
-    plan = memopt.plan(one_rank, budget=parse_bytes(budget) - headroom_bytes(model), hardware="auto")
+    plan = memopt.plan(one_rank, budget=budget, hardware="auto")
     if plan.status == "infeasible":
         raise SystemExit(f"nothing fits into {budget}: {plan.binding}")
 

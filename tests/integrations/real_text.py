@@ -29,14 +29,14 @@ def data(steps: range, rank: int | None) -> list[tuple[Tensor, Tensor]]:
     return [(x.chunk(RANKS)[rank], y.chunk(RANKS)[rank]) for x, y in chosen]
 
 
-def planned(zero: int, budget_bytes: int | float, headroom_bytes: int = 0) -> Any:
+def planned(zero: int, budget_bytes: int | float) -> Any:
     """A plan for one rank of ``RANKS``; a budget below 1 is a share of the peak that the step has without a plan."""
     from memopt.planner import Degrees, shard
 
     trace = memopt.trace(model(), data(range(1), 0)[0], optimizer="adamw8bit", device="cpu")
     step = shard(trace, Degrees(data=RANKS, zero=zero))
     budget = int(budget_bytes * step.peak_bytes) if budget_bytes < 1 else int(budget_bytes)
-    return memopt.plan(step, budget=budget - headroom_bytes, hardware="cpu"), budget
+    return memopt.plan(step, budget=budget, hardware="cpu"), budget
 
 
 def reference(steps: int) -> list[float]:
