@@ -17,6 +17,10 @@ from memopt.kernels.losses.checks import DTYPES, autocast_dtype
 _ATTRIBUTE = "_memopt_fused_loss"
 _OPTIONS = ("accumulate", "chunk_bytes", "gradient_filter", "mode")
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
+_DATA_PARALLEL = (
+    "fuse_loss does not work under DataParallel, whose copies of the model live for one forward; use "
+    "DistributedDataParallel, or remove() the handle"
+)
 
 
 class LazyHead:
@@ -75,10 +79,12 @@ class FusedLoss:
         self._hook = model.register_forward_pre_hook(self._install)
         setattr(model, _ATTRIBUTE, self)
 
-    def _install(self, *_: Any) -> None:
+    def _install(self, model: nn.Module | None = None, *_: Any) -> None:
         """Called before every forward as well: adapters, resized embeddings and the like replace the head."""
         if torch.compiler.is_compiling():
             return
+        if getattr(model, "_is_replica", False):
+            raise ValueError(_DATA_PARALLEL)
         heads = list(_linear_heads(_find_head(self.model, self.head)))
         for head in heads:
             _check_free(head)
@@ -125,7 +131,7 @@ def fuse_loss(model: nn.Module, *, head: str | nn.Module | None = None, **option
 
     Raises:
         ValueError: the model has no linear output head, someone else has replaced its forward, or the model is
-            compiled; nothing has changed.
+            compiled or under DataParallel; nothing has changed.
         TypeError: an argument of the wrong type, or an unknown option.
 
     Cost: per step at most ``chunk_bytes`` of logits instead of about four tensors of tokens x vocabulary; a LoRA
@@ -155,6 +161,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP's and PEFT's wrappers."""
     while True:
         inner = model
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(_DATA_PARALLEL)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):

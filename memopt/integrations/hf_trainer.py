@@ -71,7 +71,21 @@ class MemoptCallback(TrainerCallback):
         return None if self._planning is None else self._planning.plan
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """The Trainer is built: fuse its model's loss."""
+        """The Trainer is built: fuse its model's loss.
+
+        Raises:
+            ValueError: arguments under which that, or a plan, cannot work.
+        """
+        if (self.fuse_loss or self.budget is not None) and args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {args.n_gpu} GPUs, so the Trainer would use DataParallel, under which plans and "
+                "the fused loss do not work; start it with torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if self.budget is not None and args.torch_compile:
+            raise ValueError(
+                "budget= makes a plan for eager mode, but the TrainingArguments have torch_compile=True; leave out one "
+                "of the two"
+            )
         if self.fuse_loss:
             self.fused = fuse_loss(model, **self.loss_options)
 
@@ -79,6 +93,7 @@ class MemoptCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Model and optimizer are as the loop will use them: wait for the first batch."""
+        self._take_off()  # a training that was interrupted, or begins again with smaller batches, did not end
         self._steps = 0
         if self.budget is not None:
             self._planning = FirstBatchPlan(
@@ -107,8 +122,7 @@ class MemoptCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the plan off, and say what was used."""
-        if self._planning is not None:
-            self._planning.remove()
+        self._take_off()
         if self.plan is None and self.metered is None:
             return
         parts = []
@@ -117,6 +131,13 @@ class MemoptCallback(TrainerCallback):
         if self.metered is not None:
             parts.append(f"{format_bytes(self.metered.peak_bytes)} measured")
         self._say(state, f"Peak memory of a step: {'; '.join(parts)}")
+
+    def _take_off(self) -> None:
+        if self._metering is not None:
+            self._metering.__exit__(None, None, None)
+            self._metering = None
+        if self._planning is not None:
+            self._planning.remove()
 
     def _say(self, state: Any, what: Any) -> None:
         if self.report and state.is_world_process_zero:
@@ -156,12 +177,18 @@ def equip(
         The callback that it added; ``trainer.remove_callback`` takes it away, its ``fused.remove()`` the fused loss.
 
     Raises:
-        ValueError: an unknown optimizer, a Trainer that has one already, options without an optimizer's name, a model
-            whose loss cannot be fused. Nothing has changed then.
+        ValueError: an unknown optimizer, a Trainer that has one already or is equipped already, options without an
+            optimizer's name, a model whose loss cannot be fused, several GPUs in one process (DataParallel), a budget
+            with ``torch_compile``. Nothing has changed then.
         TypeError: not a Trainer.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer must be a transformers.Trainer, not {type(trainer).__name__}")
+    if any(isinstance(callback, MemoptCallback) for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "the Trainer is equipped already; call trainer.remove_callback with its MemoptCallback first, or make "
+            "another Trainer"
+        )
     chosen = None
     if optimizer is not None:
         if trainer.optimizer is not None:

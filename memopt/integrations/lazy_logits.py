@@ -59,6 +59,8 @@ class Source:
     def __init__(self, terms: Terms, options: dict[str, Any]) -> None:
         self.options = options
         self._inputs = [t if t is None else t.detach() for t in (terms.hidden, terms.weight, terms.bias)]
+        if terms.weight.requires_grad and self._inputs[1] is not None:  # decides which product matmul takes
+            self._inputs[1].requires_grad_()
         self._versions = [_version(t) for t in self._inputs]
         self.shape = (*terms.hidden.shape[:-1], terms.weight.shape[0])
 

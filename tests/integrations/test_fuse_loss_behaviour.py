@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,15 +187,54 @@ def test_evaluation_and_inference_make_no_logits_until_they_are_read(model: nn.M
                 assert torch.equal(torch.cat([kept, kept]), torch.cat([expected.logits, expected.logits]))
 
 
-def test_generation_is_bitwise_the_same(model: nn.Module) -> None:
-    def generate() -> Tensor:
+@pytest.mark.parametrize(
+    "way",
+    [{"do_sample": True}, {"num_beams": 3}, {"output_logits": True, "return_dict_in_generate": True}],
+    ids=lambda way: next(iter(way)),
+)
+def test_generation_is_bitwise_the_same(model: nn.Module, way: dict[str, Any]) -> None:
+    def generate() -> Any:
         torch.manual_seed(0)
-        return model.eval().generate(TOKENS[:, :4], max_new_tokens=6, do_sample=True, pad_token_id=0)
+        made = model.eval().generate(TOKENS[:, :4], max_new_tokens=6, pad_token_id=0, **way)
+        return [made] if isinstance(made, Tensor) else [made.sequences, *made.logits]
 
     expected = generate()
     with memopt.fuse_loss(model):
-        assert torch.equal(generate(), expected)
+        assert all(map(torch.equal, generate(), expected))
     model.train()
+
+
+def test_a_fused_model_is_saved_and_loaded_as_its_own_kind(tmp_path: Path) -> None:
+    model = build("llama")
+    memopt.fuse_loss(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert type(logits_of(loaded)) is Tensor
+    memopt.fuse_loss(loaded)
+    assert type(logits_of(loaded)) is LazyLogits
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_models_spread_by_accelerate_stay_fused(tmp_path: Path, fused_first: bool) -> None:
+    """Its hooks keep the head's forward aside; weights on the disk come and go with every call."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build("llama")
+    expected = model(input_ids=TOKENS, labels=LABELS).loss.item()
+    if fused_first:
+        memopt.fuse_loss(model, chunk_bytes=CHUNK_BYTES)
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk", "model.norm": "cpu"}
+    model = accelerate.dispatch_model(
+        model, {**where, "lm_head": "disk"}, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
+    handle = memopt.fuse_loss(model, chunk_bytes=CHUNK_BYTES)
+    with torch.no_grad(), NoLogits():
+        assert model(input_ids=TOKENS, labels=LABELS).loss.item() == pytest.approx(expected, rel=1e-6)
+    handle.remove()
+    with torch.no_grad():
+        output = model(input_ids=TOKENS, labels=LABELS)
+    assert output.loss.item() == expected
+    assert type(output.logits) is Tensor
 
 
 def test_logits_travel_as_ordinary_tensors(model: nn.Module) -> None:
@@ -279,6 +319,23 @@ def test_models_that_cannot_be_fused_are_named() -> None:
 def test_compiled_models_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"torch\.compile"):
         memopt.fuse_loss(torch.compile(build("llama"), backend="eager"))
+
+
+def test_a_model_compiled_afterwards_makes_its_logits(model: nn.Module) -> None:
+    expected = model(input_ids=TOKENS, labels=LABELS)
+    with memopt.fuse_loss(model):
+        output = torch.compile(model, backend="eager")(input_ids=TOKENS, labels=LABELS)
+    assert output.loss.item() == expected.loss.item()
+    assert type(output.logits) is Tensor
+
+
+def test_data_parallel_is_refused_by_name() -> None:
+    model = build("llama")
+    with pytest.raises(ValueError, match="does not work under DataParallel"):
+        memopt.fuse_loss(nn.DataParallel(model))
+    memopt.fuse_loss(model)
+    with pytest.raises(ValueError, match="does not work under DataParallel"):
+        model._replicate_for_data_parallel()(input_ids=TOKENS)  # what it runs on every device
 
 
 def test_a_partitioned_head_makes_its_logits_and_says_so() -> None:

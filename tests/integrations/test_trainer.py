@@ -117,6 +117,60 @@ def test_evaluation_sees_the_logits(tmp_path: Path) -> None:
     assert found["eval_right"] == expected["eval_right"]
 
 
+UNEVEN = [{"input_ids": row["input_ids"], "labels": row["labels"].clone()} for row in ROWS[:16]]
+for number, row in enumerate(UNEVEN):
+    row["labels"][: 7 * number] = -100
+WAYS: dict[str, dict[str, Any]] = {
+    "uneven labels, accumulated": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+    "smoothed labels, noisy embeddings": {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0},
+}
+
+
+def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A ``compute_loss_func`` of the user."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("way", [*WAYS, "own loss"])
+def test_the_fused_loss_trains_as_the_trainer_does_by_itself(way: str, tmp_path: Path) -> None:
+    def run(fused: bool) -> tuple[list[float], Any]:
+        trainer = made(tmp_path, llama(1), max_steps=2, **WAYS.get(way, {"gradient_accumulation_steps": 2}))
+        trainer.train_dataset = UNEVEN
+        trainer.compute_loss_func = summed if way == "own loss" else None
+        if fused:
+            equip(trainer)
+        found = losses(trainer)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return found, trainer.predict(UNEVEN[:3])
+
+    (expected, plain), (found, ours) = run(False), run(True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert type(ours.predictions) is type(plain.predictions)
+    assert ours.predictions == pytest.approx(plain.predictions, rel=1e-4, abs=1e-4)
+    assert ours.metrics["test_loss"] == pytest.approx(plain.metrics["test_loss"], rel=1e-5)
+
+
+class Interrupt(transformers.TrainerCallback):
+    """The user's hand on the keyboard, in the middle of the metered step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_can_begin_again(tmp_path: Path) -> None:
+    trainer = made(tmp_path, llama(1), max_steps=3)
+    callback = equip(trainer, optimizer="adamw8bit", budget="8MiB", hardware="cpu", meter=True, report=False)
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        losses(trainer)
+    trainer.remove_callback(Interrupt)
+    losses(trainer)
+    assert callback.metered is not None
+    assert not any("forward" in vars(layer) for layer in trainer.model.model.layers)
+
+
 def test_adapters_with_a_plan(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     trained = []
@@ -176,6 +230,17 @@ def test_what_cannot_be_is_refused_before_anything_changes(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="unknown optimizer 'adamw9bit'; did you mean adamw8bit"):
         equip(trainer, optimizer="adamw9bit")
     assert "forward" not in vars(model.lm_head)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="this process sees 2 GPUs, so the Trainer would use DataParallel"):
+        equip(trainer)
+    trainer.args._n_gpu = 1
+    trainer.args.torch_compile = True
+    with pytest.raises(ValueError, match="a plan for eager mode, but the TrainingArguments have torch_compile=True"):
+        equip(trainer, budget="2MiB")
+    trainer.args.torch_compile = False
+    assert "forward" not in vars(model.lm_head)
     equip(trainer, optimizer="lion4bit", budget="2MiB", hardware="cpu", report=False)
+    with pytest.raises(ValueError, match="the Trainer is equipped already"):
+        equip(trainer)
     with pytest.raises(DoesNotFitError, match="the smallest budget that does is"):
         losses(trainer)
