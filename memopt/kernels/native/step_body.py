@@ -12,7 +12,7 @@ from memopt.kernels.native.cpp import has_factors, literal
 from memopt.kernels.update import Update
 
 CPP_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
-PREFETCH = 1024  # elements ahead
+PREFETCH = 512  # elements ahead
 
 
 @dataclass(frozen=True)

@@ -73,17 +73,17 @@ INLINE vf vsign(vf x) { return select(gt(x, splat(0)), splat(1), select(lt(x, sp
 INLINE vf vexponent(vf x) { return to_float((vi)(as_u(x) >> 23)) - splat(127); }
 INLINE vf vpower_of_two(vf x) { return as_f((vu)(to_int(x) + 127) << 23); }
 INLINE vf vroot4(vf x) { return vsqrt(vsqrt(x)); }
-// What codecs need. The square root to about 1 ulp for finite x >= 0, 0 or next to it below: an estimate and one Newton
-// step.
-INLINE vf vsqrt_fast(vf x) {
+// What codecs need. The square root to about 1 ulp for normal x > 0: an estimate and one Newton step.
+INLINE vf vsqrt_newton(vf x) {
 #if MEMOPT_AVX512 || MEMOPT_AVX2
-    x = vmax(x, splat(1e-30f));
     vf r = rsqrt_estimate(x), s = x * r;
     return fma(as_f(as_u(r) - splat_u(0x800000u)), fma(-s, s, x), s);  // r / 2 by its exponent: products are scarce
 #else
-    return vsqrt(vmax(x, splat(0)));
+    return vsqrt(x);
 #endif
 }
+// The same for finite x >= 0, 0 or next to it below.
+INLINE vf vsqrt_fast(vf x) { return vsqrt_newton(vmax(x, splat(1e-30f))); }
 // The same to 2**-11 for x > 0.
 INLINE vf vsqrt_rough(vf x) {
 #if MEMOPT_AVX512 || MEMOPT_AVX2
@@ -97,7 +97,7 @@ INLINE vf vroot4_fast(vf x) {
 #if MEMOPT_AVX512
     return rsqrt_estimate(rsqrt_estimate(x));
 #else
-    return vsqrt_fast(vsqrt_fast(x));
+    return vsqrt_newton(vsqrt_newton(x));
 #endif
 }
 INLINE vf vstep_down(vf x, vf d) { return as_f(as_u(x) + (vu)((vi)d >> 31)); }

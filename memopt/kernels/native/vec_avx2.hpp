@@ -24,11 +24,10 @@ INLINE void store_u16(uint16_t* p, vu a) {  // a < 2**16
     __m256i packed = _mm256_packus_epi32((__m256i)a, (__m256i)a);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x88)));
 }
-INLINE void store_bytes(uint8_t* p, vi a) {
-    a &= 255;
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)a), 0x88);
-    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_castsi256_si128(words));
-    _mm_storel_epi64((__m128i*)p, bytes);
+INLINE void store_bytes(uint8_t* p, vi a) {  // the low bytes, of each half into its first four, then both together
+    const __m128i low = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    __m256i x = _mm256_shuffle_epi8((__m256i)a, _mm256_broadcastsi128_si256(low));
+    _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
 INLINE vu load_u16(const uint16_t* p) { return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vf half_to_float(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
