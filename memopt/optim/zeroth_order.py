@@ -143,6 +143,9 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Returns:
             The mean loss of this rank's evaluations, a float.
+
+        Raises:
+            TypeError: no closure. What the closure raises passes through, and the parameters are as before it.
         """
         if closure is None:
             raise TypeError("ZerothOrder.step needs a closure that computes the loss and returns it")
@@ -184,6 +187,7 @@ class ZerothOrder(torch.optim.Optimizer):
         groups = state_dict.get("param_groups") or [{}]
         try:
             position = json.loads(groups[0]["zeroth_order"])
+            steps, skipped_steps, seed = (position[name] for name in ("steps", "skipped_steps", "seed"))
         except (KeyError, ValueError, TypeError):
             raise ValueError("the state dict has no position of ZerothOrder; was it saved by one?") from None
         if self.inner is None:
@@ -192,7 +196,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self.inner.load_state_dict(cast("dict[str, Any]", state_dict))
             self.param_groups, self.state = self.inner.param_groups, self.inner.state
             self._alone = Alone(self.inner)
-        self.steps, self.skipped_steps, self.seed = position["steps"], position["skipped_steps"], position["seed"]
+        self.steps, self.skipped_steps, self.seed = steps, skipped_steps, seed
 
     def _find(self, blocks: str | Sequence[object] | None) -> list[Block]:
         if blocks is None:
@@ -204,23 +208,24 @@ class ZerothOrder(torch.optim.Optimizer):
         return find_blocks(self._module)
 
     def _measure(self, closure: Callable[[], Any], params: list[Tensor]) -> tuple[list[float], list[float]]:
-        """Losses, and per sample the slope along its direction; parameters are as before, but for rounding."""
+        """Losses, and per sample the slope along its direction.
+
+        Parameters are as before, but for rounding, whether or not the closure fails.
+        """
         noise = SameNoise(params)
         losses, slopes = [], []
         before = self._loss(closure, noise) if self.sides == 1 else 0.0
         for sample in range(self.samples):
-            self._move(params, sample, self.eps)
-            above = self._loss(closure, noise)
-            losses.append(above)
-            if self.sides == 2:
-                self._move(params, sample, -2 * self.eps)
-                below = self._loss(closure, noise)
-                losses.append(below)
-                self._move(params, sample, self.eps)
-                slopes.append((above - below) / (2 * self.eps))
-            else:
-                self._move(params, sample, -self.eps)
-                slopes.append((above - before) / self.eps)
+            found, at = [], 0.0
+            try:
+                for place in (self.eps, -self.eps)[: self.sides]:
+                    self._move(params, sample, place - at)
+                    at = place
+                    found.append(self._loss(closure, noise))
+            finally:
+                self._move(params, sample, -at)
+            losses += found
+            slopes.append((found[0] - before) / self.eps if self.sides == 1 else (found[0] - found[1]) / (2 * self.eps))
         return losses, slopes
 
     def _loss(self, closure: Callable[[], Any], noise: SameNoise) -> float:

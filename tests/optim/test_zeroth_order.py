@@ -206,6 +206,27 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_closure_that_fails_leaves_the_parameters_where_they_were(sides: int) -> None:
+    """At any of its calls; both moves round once each, so each parameter is within two roundings of its value."""
+    for failing in range(1 + sides):
+        model = tiny()
+        optimizer = ZerothOrder(model, samples=2, sides=sides, eps=0.5)
+        before, calls = values(model), iter(range(failing))
+
+        def closure(model: nn.Module = model, calls: Any = calls) -> Tensor:
+            if next(calls, None) is None:
+                raise MemoryError("of the closure")
+            return loss_of(model, 0)
+
+        with pytest.raises(MemoryError, match="of the closure"):
+            optimizer.step(closure)
+        assert optimizer.steps == 0
+        for name, value in values(model).items():
+            largest = before[name].abs() + 0.5 * 6  # where its perturbed value may have been
+            assert ((value - before[name]).abs() <= 4 * 2.0**-24 * largest).all(), (name, failing)
+
+
 def test_layouts_frozen_parameters_and_groups() -> None:
     kernel = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
