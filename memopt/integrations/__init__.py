@@ -14,13 +14,18 @@ _HOMES = {
     "equip": "hf_trainer",
     "fuse_loss": "fused_head",
 }
+_MODULES = ("checkpoints", "hf_trainer", "lightning")
 
 __all__ = ["FusedLoss", "equip", "fuse_loss"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"memopt.integrations.{name}")
     if name not in _HOMES:
-        raise AttributeError(f"module 'memopt.integrations' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'memopt.integrations' has no attribute {name!r}; it offers {', '.join([*__all__, *_MODULES])}"
+        )
     return getattr(importlib.import_module(f"memopt.integrations.{_HOMES[name]}"), name)
 
 

@@ -30,3 +30,9 @@ def test_the_extra_to_install_is_named(monkeypatch: pytest.MonkeyPatch, module: 
 def test_another_missing_module_is_not_blamed_on_the_library() -> None:
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'"), needed("transformers", "hf"):
         importlib.import_module("no_such_module")
+
+
+def test_modules_are_there_without_being_imported_first() -> None:
+    assert memopt.integrations.checkpoints.Checkpoints
+    with pytest.raises(AttributeError, match="no attribute 'checkpoint'; it offers FusedLoss, .*, checkpoints"):
+        _ = memopt.integrations.checkpoint
