@@ -36,12 +36,15 @@ def test_builds_once_and_finds_it_again(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_key_names_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_key_names_processor_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command, _ = native_build.find_compiler()
     native_build.build("answer", SOURCE)
-    native_build._LOADED.clear()
     monkeypatch.setattr(native_build, "cpu_identity", lambda: "another processor")
     native_build.build("answer", SOURCE)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(native_build, "find_compiler", lambda: (command, "another compiler"))
+    native_build.build("answer", SOURCE)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

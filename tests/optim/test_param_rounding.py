@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memopt.kernels import step_torch
 from memopt.optim import SGD, AdamW
 from memopt.optim.kahan import rounded
 from tests.optim.training import assert_resumes_bitwise, copies, parameters, run
@@ -23,6 +24,22 @@ def test_rounded_is_the_conversion_to_the_type(dtype: torch.dtype) -> None:
     for values in (x, special):
         assert torch.equal(rounded(values, dtype), values.to(dtype).float())
     assert rounded(torch.tensor([torch.nan]), dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x", [1.0, 1.001, -1.3, 3.14159e-3, 1e-7, -0.0, 60_001.0])
+def test_the_oracles_stochastic_rounding_is_unbiased(dtype: torch.dtype, x: float) -> None:
+    """Over all 2**16 random numbers: one of the two neighbours, and on average the value, to the weight of a number."""
+    value = torch.full((2**16,), x)
+    found = step_torch.rounded(value, dtype, torch.arange(2**16)).double()
+    low, high, exact = found.min(), found.max(), value[0].double()
+    if value[0].to(dtype) == value[0]:
+        assert low == high == exact
+        return
+    assert low < exact < high
+    assert torch.equal(low.to(dtype), torch.nextafter(high.to(dtype), torch.tensor(-torch.inf, dtype=dtype)))
+    assert ((found == low) | (found == high)).all()
+    assert (found.mean() - exact).abs() <= 2.0**-16 * (high - low)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

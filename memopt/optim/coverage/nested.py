@@ -196,9 +196,11 @@ class Nested(torch.optim.Optimizer):
         try:
             position = json.loads(text)
         except (TypeError, ValueError):
-            raise ValueError(f"expected a position of {name} and found {text!r}; was this saved by {name}?") from None
-        if not isinstance(position, dict) or position.get("of") != name:
-            raise ValueError(f"this is a position of {dict(position).get('of')!r}, this optimizer is {name}: {text}")
+            position = None
+        if not isinstance(position, dict):
+            raise ValueError(f"expected a position of {name} and found {text!r}; was this saved by {name}?")
+        if position.get("of") != name:
+            raise ValueError(f"this is a position of {position.get('of')!r}, this optimizer is {name}: {text}")
         return position
 
     def _read(self, incoming: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
