@@ -47,6 +47,18 @@ def test_key_names_processor_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+def test_a_processor_is_its_model_and_its_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = "vendor_id : A\nmodel name : B\nflags : sse avx\ncpu MHz : 1000\n"
+
+    def identity(text: str) -> str:
+        monkeypatch.setattr(Path, "read_text", lambda self: text)
+        return native_build.cpu_identity.__wrapped__()
+
+    assert identity(here.replace("1000", "2000")) == identity(here.replace("sse avx", "avx sse")) == identity(here)
+    for change in (("avx", "avx avx2"), ("name : B", "name : C"), ("vendor_id : A", "vendor_id : Z")):
+        assert identity(here.replace(*change)) != identity(here)
+
+
 def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert native_build.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("MEMOPT_CACHE")
