@@ -62,12 +62,12 @@ The first step
 """
 
 from memopt.offload.applying import Handle, apply
-from memopt.offload.arena import Arena
 from memopt.offload.errors import PlanMismatchError, ReplayError, SwapError, UnsupportedBlockError
-from memopt.offload.host_optimizer import HostOptimizer
-from memopt.offload.paged_optimizer import PagedOptimizer
 from memopt.offload.reporting import StepReport
 from memopt.offload.reversible import Reversible
+from memopt.offload.states.host_optimizer import HostOptimizer
+from memopt.offload.states.paged_optimizer import PagedOptimizer
+from memopt.offload.static.arena import Arena
 from memopt.offload.tiling import Tiled, blockwise_attention, tile
 
 __all__ = [

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from memopt.offload.actions import Saver, saver
 from memopt.offload.checking import whole_actions
-from memopt.offload.cones import Needs, needs_of
 from memopt.offload.handles import Dropped, Kept, Leaving, Piece, Stored
 from memopt.offload.origin import Origin
 from memopt.offload.partitioned import ByParameter, SavedParameter
 from memopt.offload.recording import Recorder
-from memopt.offload.session import Sessions
+from memopt.offload.replay.cones import Needs, needs_of
+from memopt.offload.replay.session import Sessions
 from memopt.offload.template import Kind, Template
 from memopt.offload.tiers import Tier
 from memopt.planner.tracking import restoring
@@ -210,6 +210,7 @@ class Call:
                 if isinstance(handle, (Kept, Piece)):
                     sessions.sources[n] = ref(handle)
             sessions.origin.left()
+        self.policy.tier.block_ended()
         self.close()
 
     def _move_inputs(self, origin: Origin | None) -> None:

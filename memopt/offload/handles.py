@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from memopt.offload.template import Layout
 
 if TYPE_CHECKING:
-    from memopt.offload.session import Sessions
+    from memopt.offload.replay.session import Sessions
 
 
 def changed_in_place(where: str, tensor: Tensor, version: int) -> RuntimeError:

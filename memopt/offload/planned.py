@@ -18,7 +18,7 @@ from memopt.offload.checking import check_call
 from memopt.offload.origin import Origin
 from memopt.offload.partitioned import Partitioned, hooks_unrecorded, is_partitioned, partitioned_parameters
 from memopt.offload.recording import Recorder, copy_of_storage
-from memopt.offload.replaying import replaying
+from memopt.offload.replay.replaying import replaying
 from memopt.offload.template import Kind, Template
 from memopt.planner.values import BlockPlan
 
@@ -80,7 +80,9 @@ class PlannedForward:
             return self._first(number, key, planned, args, kwargs)
         compiled, policy = known
         if compiled.idle:
-            return self.own(*args, **kwargs)
+            output = self.own(*args, **kwargs)
+            policy.tier.block_ended()
+            return output
         origin = self._origin(number, compiled, args, kwargs) if compiled.needs.last_pack >= 0 else None
         call = Call(self._where(number), origin, policy, compiled)
         with call, self._ambient(), saved_tensors_hooks(call.pack, unpack):

@@ -42,7 +42,17 @@ _UNWRITTEN = frozenset(
     {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 )
 # Return plain numbers that depend on shapes only; every other number that an operation returns depends on data.
-_SHAPE_ONLY = frozenset({"aten::_fused_sdp_choice", "aten::is_same_size", "aten::sym_size", "aten::sym_numel"})
+_SHAPE_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_fused_sdp_choice",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention",
+        "is_same_size",
+        "sym_numel",
+        "sym_size",
+    )
+)
 
 
 def written_positions(

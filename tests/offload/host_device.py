@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 
-from memopt.offload import arena_native
-from memopt.offload.arena_native import DeviceMemory
+from memopt.offload.static import native as arena_native
+from memopt.offload.static.native import DeviceMemory
 
 _GIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
 _TAKE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)

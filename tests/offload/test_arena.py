@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from memopt.offload import Arena
-from memopt.offload.arena import buffers_of
-from memopt.offload.arena_native import GRANULE_BYTES
+from memopt.offload.static.arena import buffers_of
+from memopt.offload.static.native import GRANULE_BYTES
 from memopt.planner import Buffer
 from memopt.planner.placement import find_fault, max_live
 from tests.offload.host_device import STREAM, HostDevice
@@ -433,7 +433,7 @@ def test_misuse_is_refused() -> None:
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memopt.offload.arena.library", lambda: None)
+    monkeypatch.setattr("memopt.offload.static.arena.library", lambda: None)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler to build it with; torch's own allocator goes on"):
         arena = Arena(memory=HostDevice().memory)
     with arena.step():

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from memopt.offload import apply, pinned
+from memopt.offload import SwapError, apply
+from memopt.offload.pinned import pool
+from memopt.offload.pinned import tier as pinned
+from memopt.offload.recording import Recorder
 from memopt.offload.tiers import host
 from tests.offload.models import make_plan, mixture, parted, run, same
 from tests.offload.test_mixtures import EXACT, _prepared
@@ -31,6 +34,10 @@ class Event:
         assert self.recorded
         self.asked += 1
         return self.asked > 3
+
+    def synchronize(self) -> None:
+        assert self.recorded
+        self.asked = 4
 
     def elapsed_time(self, other: Event) -> float:
         return 0.5
@@ -61,12 +68,19 @@ class FakeTorch:
         return getattr(torch, name)
 
     def empty(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        assert not pin_memory or args[0].bit_count() == 1  # torch would pin the next power of two
         return torch.empty(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTorch()
+    monkeypatch.setattr(pinned, "torch", fake)
+    monkeypatch.setattr(pool, "torch", fake)
 
 
 @pytest.mark.parametrize("room", [1 << 30, 20_000, 1])
 def test_training_with_late_copies(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "torch", FakeTorch())
     monkeypatch.setattr(
         host, "open_tier", lambda folder, limit: pinned.PinnedTier(limit, in_flight_bytes=room, prefetch_bytes=room)
     )
@@ -94,8 +108,7 @@ def test_training_with_late_copies(room: int, monkeypatch: pytest.MonkeyPatch) -
             assert sum(b.numel() for some in tier.pool._free.values() for b in some) == tier.pool.pinned_bytes
 
 
-def test_prefetch_goes_backwards_and_stops_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "torch", FakeTorch())
+def test_prefetch_goes_backwards_and_stops_at_its_limit() -> None:
     tier = pinned.PinnedTier(None, prefetch_bytes=8_000)
     tensors = [torch.randn(1000) for _ in range(6)]
     slots = [tier.put(tensor) for tensor in tensors]
@@ -108,3 +121,54 @@ def test_prefetch_goes_backwards_and_stops_at_its_limit(monkeypatch: pytest.Monk
     assert [slot._back is not None for slot in slots[:3]] == [False, True, True]
     slots.clear()
     assert tier.ahead_bytes == tier.held_bytes == 0
+
+
+def test_storages_are_let_go_at_the_end_of_the_next_block() -> None:
+    """However far the host runs ahead: what is held does not hang on when copies happen to finish."""
+    tier = pinned.PinnedTier(None)
+    slots = []
+    held = []
+    for _ in range(3):
+        slots += [tier.put(torch.zeros(1000)) for _ in range(2)]
+        tier.block_ended()
+        held.append(tier._leaving_bytes)
+    assert held == [8_000, 8_000, 8_000]
+    tier.block_ended()
+    assert tier._leaving_bytes == 0
+    slots.append(tier.put(torch.zeros(1000)))
+    slots[0].get()  # backward has begun
+    assert tier._leaving_bytes == 0
+
+
+def test_at_the_limit_buffers_under_way_are_waited_for() -> None:
+    tier = pinned.PinnedTier(3 * 2**16)
+    slots = [tier.put(torch.full((1000,), float(n))) for n in range(3)]
+    with pytest.raises(SwapError, match="swap tier host: 196608 bytes are pinned"):
+        tier.put(torch.zeros(1000))
+    del slots[1]
+    slots.append(tier.put(torch.full((1000,), 3.0)))
+    assert [float(slot.get().view(torch.float32)[-1]) for slot in slots] == [0.0, 2.0, 3.0]
+    assert tier.pool.pinned_bytes == 3 * 2**16
+
+
+def test_a_storage_in_several_buffers_comes_back() -> None:
+    tier = pinned.PinnedTier(None)
+    x = torch.randn(300_001)
+    for moved in (None, 512 * 1300):
+        slot = tier.put(x, moved)
+        assert len(slot._buffers) > 1
+        count = slot.moved_bytes // 4
+        assert torch.equal(slot.get().view(torch.float32)[:count], x[:count])
+
+
+@pytest.mark.parametrize("name", ["flash", "cudnn"])
+def test_the_gpus_attentions_can_be_replayed_late(name: str) -> None:
+    """They return numbers that depend on shapes only."""
+    q = torch.empty(2, 4, 16, 8, dtype=torch.bfloat16, device="meta")
+    with Recorder([], False) as recorder:
+        if name == "flash":
+            torch.ops.aten._scaled_dot_product_flash_attention(q, q, q, 0.0, True)
+        else:
+            torch.ops.aten._scaled_dot_product_cudnn_attention(q, q, q, None, True)
+    assert [op.forced for op in recorder.template.ops] == [False]
+    assert any(isinstance(o.constant, int) for o in recorder.template.ops[0].outputs)

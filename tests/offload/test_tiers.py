@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from memopt.offload import SwapError, apply
-from memopt.offload.pinned import PinnedPool
+from memopt.offload.pinned.pool import PinnedPool
 from memopt.offload.tiers import open_tier
 from memopt.offload.tiers.disk import PREFIX, DiskTier, remove_leftovers
 from memopt.planner.values import Action
@@ -195,11 +195,12 @@ def test_nothing_grows_over_many_steps(tier: str, tmp_path: Path) -> None:
         assert grown < 60 * 2
 
 
-def test_pinned_size_classes_waste_at_most_a_quarter() -> None:
-    for size in (1, 2**16, 2**16 + 1, 10**6, 2**20, 2**20 + 1, 7 * 2**20 + 5, 2**33 + 1):
-        length = PinnedPool.size_class(size)
-        assert size <= length <= max(2**16, size * 1.25 + 1)
-        assert PinnedPool.size_class(length) == length
+def test_pinned_buffers_are_powers_of_two_and_waste_at_most_an_eighth() -> None:
+    for size in (0, 1, 2**16, 2**16 + 1, 10**6, 2**20, 2**20 + 1, 7 * 2**20 + 5, 15 * 2**20 + 1, 2**33 + 1):
+        lengths = PinnedPool.lengths(size)
+        assert all(length.bit_count() == 1 for length in lengths)
+        assert 1 <= len(lengths) <= 4
+        assert size <= sum(lengths) <= max(2**16, size * 1.125 + 2**16 * (size < 2**20))
 
 
 def test_pinned_memory_that_the_system_refuses_is_no_lookalike_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +216,12 @@ def test_pinned_memory_that_the_system_refuses_is_no_lookalike_of_the_gpus(monke
     pool = PinnedPool(200_000)
     monkeypatch.setattr(torch, "empty", lambda size, **kwargs: torch.zeros(size, dtype=torch.uint8))
     first, second = pool.take(70_000), pool.take(60_000)
-    pool.give(first)
-    assert pool.take(75_000) is first  # the same size class
-    pool.give(second)
-    pool.take(131_072 - 80_000)
+    with pytest.raises(SwapError, match=r"196608 bytes are pinned and 65536 more would exceed the limit of 200000"):
+        pool.take(1)
+    pool.give(first[0])
+    assert pool.take(75_000)[0] is first[0]
+    pool.give(second[0])
+    with pytest.raises(SwapError, match="more would exceed"):
+        pool.take(70_000)
+    assert pool.take(60_000)[0].numel() == 65536  # what a failure had taken is back
     assert pool.pinned_bytes <= 200_000

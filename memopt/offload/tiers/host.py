@@ -57,7 +57,7 @@ class HostTier(Tier):
 def open_tier(folder: str | os.PathLike[str] | None, limit_bytes: int | None) -> Tier:
     """Pinned memory and copy streams where there is a CUDA device, plain copies elsewhere."""
     if torch.cuda.is_available():
-        from memopt.offload.pinned import PinnedTier
+        from memopt.offload.pinned.tier import PinnedTier
 
         return PinnedTier(limit_bytes)
     return HostTier(limit_bytes)

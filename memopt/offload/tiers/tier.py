@@ -50,6 +50,9 @@ class Tier:
     def new_step(self) -> None:
         """A training step begins."""
 
+    def block_ended(self) -> None:
+        """A planned block's forward has ended."""
+
 
 def first_bytes(tensor: Tensor, count: int) -> Tensor:
     """The first bytes of a tensor's storage, without a copy."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memopt.offload.errors import ReplayError
-from memopt.offload.tape import Chain
+from memopt.offload.replay.tape import Chain
 from memopt.offload.template import Layout
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from memopt.offload.draws import Draws
 from memopt.offload.recording import copy_of_storage
+from memopt.offload.replay.draws import Draws
 from memopt.offload.template import Layout
 from memopt.offload.trees import with_operands
 

@@ -18,7 +18,7 @@ ALLOCATED, FREED, SHARED = 0, 1, 2
 UNPLANNED = -1
 GRANULE_BYTES = 512
 
-_SOURCE = Path(__file__).parent / "native" / "arena.cpp"
+_SOURCE = Path(__file__).parent.parent / "native" / "arena.cpp"
 _INSTALLED: list[object] = []  # what torch was given; it has to live as long as the process
 
 

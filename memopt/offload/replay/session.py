@@ -13,14 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memopt.offload.ambient import attributes_restored, autocast, no_autocast
 from memopt.offload.arguments import Absent, Away
-from memopt.offload.cones import Needs
-from memopt.offload.draws import Draws
 from memopt.offload.errors import ReplayError
 from memopt.offload.handles import Dropped, Kept, Piece
 from memopt.offload.origin import Origin
 from memopt.offload.partitioned import stand_ins_for_parameters
-from memopt.offload.replaying import Reached, Replayer, Seen
-from memopt.offload.tape import Chain, Tape
+from memopt.offload.replay.cones import Needs
+from memopt.offload.replay.draws import Draws
+from memopt.offload.replay.replaying import Reached, Replayer, Seen
+from memopt.offload.replay.tape import Chain, Tape
 from memopt.offload.template import Kind, Layout, Template
 
 

@@ -17,7 +17,7 @@ from memopt.offload.ambient import Generators, random_states, set_random_states
 from memopt.offload.template import Layout
 
 if TYPE_CHECKING:
-    from memopt.offload.tape import Node, Tape
+    from memopt.offload.replay.tape import Node, Tape
 
 # What these draw depends on the layout of their operands only.
 _DUMMY = frozenset(

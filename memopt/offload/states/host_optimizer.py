@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memopt.offload.mapped import MappedStates, state_bytes
+from memopt.offload.states.mapped import MappedStates, state_bytes
 
 
 class HostOptimizer:

@@ -1,20 +1,23 @@
 """The host tier on CUDA: pinned buffers, copy streams of their own, and prefetch in the order of backward.
 
-Out: the copy stream waits for what has been computed so far, then copies; the storage is held until its copy has
-finished, at most ``in_flight_bytes`` of them, beyond which compute waits for the oldest copy. In: when a storage is
-fetched, the copies of those that were put away before it are started as well, up to ``prefetch_bytes``, because
-backward asks in the opposite order of forward. Pinned buffers are reused; making one is slower than many copies.
+Out: the copy stream waits for what has been computed so far, then copies. The storage is held until compute has waited
+for that copy: at the end of the next block's forward, as the planner counts, or earlier where more than
+``in_flight_bytes`` are on their way. The host must not look whether a copy has finished: it runs far ahead of the
+device. In: when a storage is fetched, the copies of those that were put away before it are started as well, up to
+``prefetch_bytes``, because backward asks in the opposite order of forward.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from memopt.offload.errors import SwapError
+from memopt.offload.pinned.pool import PinnedPool
 from memopt.offload.tiers.tier import Slot, Tier, first_bytes
 
 _MIB = 2**20
@@ -32,69 +35,13 @@ def _passed(event: torch.cuda.Event) -> bool:
     return bool(event.query())  # type: ignore[no-untyped-call]
 
 
-class PinnedPool:
-    """Pinned host buffers by size class, handed out and taken back.
-
-    Args:
-        limit_bytes: the most that may be pinned; None for no limit but the system's.
-    """
-
-    def __init__(self, limit_bytes: int | None) -> None:
-        self.limit_bytes = limit_bytes
-        self.pinned_bytes = 0
-        self._free: dict[int, list[Tensor]] = {}
-
-    @staticmethod
-    def size_class(size: int) -> int:
-        """The next of 1, 1.25, 1.5 and 1.75 times a power of two, at least 64 KiB: at most a quarter is wasted."""
-        size = max(size, 2**16)
-        step = 1 << (size.bit_length() - 3)
-        return -(-size // step) * step
-
-    def take(self, size: int) -> Tensor:
-        """A buffer of at least ``size`` bytes.
-
-        Raises:
-            SwapError: the limit is reached, or the system pins no more.
-        """
-        length = self.size_class(size)
-        if self._free.get(length):
-            return self._free[length].pop()
-        if self.limit_bytes is not None and self.pinned_bytes + length > self.limit_bytes:
-            self._release_unused()
-        if self.limit_bytes is not None and self.pinned_bytes + length > self.limit_bytes:
-            raise SwapError(
-                f"swap tier host: {self.pinned_bytes} bytes are pinned and {length} more would exceed the limit of "
-                f"{self.limit_bytes} bytes; raise swap_limit_bytes, or plan with less host memory or the disk tier"
-            )
-        try:
-            buffer = torch.empty(length, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise SwapError(
-                f"swap tier host: the system did not pin {length} bytes of host memory ({self.pinned_bytes} "
-                "are pinned): this is host memory, not the GPU's; raise the limit of locked memory (ulimit -l, or the "
-                "memory of the virtual machine), set swap_limit_bytes, or use the disk tier"
-            ) from error
-        self.pinned_bytes += length
-        return buffer
-
-    def give(self, buffer: Tensor) -> None:
-        """Take a buffer back."""
-        self._free.setdefault(buffer.numel(), []).append(buffer)
-
-    def _release_unused(self) -> None:
-        for buffers in self._free.values():
-            self.pinned_bytes -= sum(buffer.numel() for buffer in buffers)
-        self._free.clear()
-
-
 class PinnedSlot(Slot):
     """One storage in pinned memory, on its way out, or on its way back."""
 
     def __init__(self, tier: PinnedTier, tensor: Tensor, moved_bytes: int | None, number: int) -> None:
         super().__init__(tensor, moved_bytes)
         self._tier, self.number = tier, number
-        self._buffer = tier.pool.take(self.moved_bytes)
+        self._buffers = tier.take(self.moved_bytes)
         self._back: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
         source = first_bytes(tensor, self.moved_bytes)
@@ -102,12 +49,21 @@ class PinnedSlot(Slot):
         # The values must be complete before the copy reads them.
         out.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(out):
-            self._buffer[: self.moved_bytes].copy_(source, non_blocking=True)
+            for part, buffer in self._parts(source):
+                buffer.copy_(part, non_blocking=True)
         self.left = _event()
         self.left.record(out)
         tier.leaving(self.left, source)
         tier.held_bytes += self.moved_bytes
         tier.moved_bytes += self.moved_bytes
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The moved bytes of a storage, with the pinned bytes for each part of them."""
+        start = 0
+        for buffer in self._buffers:
+            part = flat[start : min(start + buffer.numel(), self.moved_bytes)]
+            yield part, buffer[: part.numel()]
+            start += buffer.numel()
 
     def prefetch(self) -> None:
         """Start the copy to the device, unless it has been."""
@@ -122,7 +78,8 @@ class PinnedSlot(Slot):
         # The way out must be finished before the way back begins.
         back.wait_event(self.left)
         with torch.cuda.stream(back):
-            self._back[: self.moved_bytes].copy_(self._buffer[: self.moved_bytes], non_blocking=True)
+            for part, buffer in self._parts(self._back):
+                part.copy_(buffer, non_blocking=True)
         self._arrived = _event()
         self._arrived.record(back)
         tier.ahead_bytes += self.storage_bytes
@@ -130,6 +87,7 @@ class PinnedSlot(Slot):
     def get(self) -> Tensor:
         """The bytes on the device; compute waits for their arrival, the host does not."""
         tier = self._tier
+        tier.let_go(0)
         self.prefetch()
         assert self._back is not None
         assert self._arrived is not None
@@ -146,8 +104,9 @@ class PinnedSlot(Slot):
                 # Fetched ahead and never asked for: its memory may be reused only after the copy into it.
                 torch.cuda.current_stream(self.device).wait_event(self._arrived)
                 self._tier.ahead_bytes -= self.storage_bytes
-            # The buffer may be handed out again only when both copies are done with it.
-            self._tier.retire(self._buffer, self._arrived or self.left)
+            # The buffers may be handed out again only when both copies are done with them.
+            for buffer in self._buffers:
+                self._tier.retire(buffer, self._arrived or self.left)
 
 
 class PinnedTier(Tier):
@@ -168,6 +127,7 @@ class PinnedTier(Tier):
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._leaving_bytes = 0
+        self._in_block = 0  # of the leaving ones, those that the block under way has put away
         self._order: dict[int, ref[PinnedSlot]] = {}
         self._next = 0
         self._retired: deque[tuple[Tensor, torch.cuda.Event]] = deque()
@@ -179,6 +139,22 @@ class PinnedTier(Tier):
             with torch.cuda.device(device):
                 self._streams[device] = _stream(), _stream()
         return self._streams[device]
+
+    def take(self, size: int) -> list[Tensor]:
+        """Pinned buffers; where there are no more, after waiting for those whose last copies are under way.
+
+        Raises:
+            SwapError: none are left to wait for.
+        """
+        while True:
+            try:
+                return self.pool.take(size)
+            except SwapError:
+                if not self._retired:
+                    raise
+            buffer, event = self._retired.popleft()
+            event.synchronize()
+            self.pool.give(buffer)
 
     def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
         """Start the copy out."""
@@ -192,11 +168,22 @@ class PinnedTier(Tier):
         """Hold a storage until its copy is done; over the limit, compute waits for the oldest copies."""
         self._leaving.append((event, source))
         self._leaving_bytes += source.numel()
+        self._in_block += 1
         while self._leaving and (self._leaving_bytes > self.in_flight_bytes or _passed(self._leaving[0][0])):
+            self.let_go(len(self._leaving) - 1)
+
+    def let_go(self, rest: int) -> None:
+        """Make compute wait for the oldest copies out, until so many are left, and hold their storages no longer."""
+        while len(self._leaving) > rest:
             done, oldest = self._leaving.popleft()
             # The storage is freed on the compute stream: whatever reuses it must come after the copy.
             self.wait(done, oldest.device)
             self._leaving_bytes -= oldest.numel()
+
+    def block_ended(self) -> None:
+        """What the block before this one has put away must be gone by now."""
+        self.let_go(self._in_block)
+        self._in_block = 0
 
     def wait(self, event: torch.cuda.Event, device: torch.device) -> None:
         """Make compute wait for a copy, and note for how long it really waits."""

@@ -44,7 +44,7 @@ from contextlib import contextmanager
 
 import torch
 
-from memopt.offload.arena_native import (
+from memopt.offload.static.native import (
     ALLOCATED,
     FREED,
     GRANULE_BYTES,

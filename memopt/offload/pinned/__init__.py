@@ -1,0 +1,1 @@
+"""The host tier on CUDA: pinned buffers, and copies beside compute."""

@@ -1,0 +1,1 @@
+"""Optimizer states away from the device: on the host, paged, or in memory-mapped files."""
