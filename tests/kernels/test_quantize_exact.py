@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from memopt.kernels import Quantized, codec_names, dequantize_blockwise, get_codec, quantize_blockwise
+from memopt.kernels.strided import cut
 from tests.kernels.step_cases import ODD_SHAPES, brute_force_excess, data_families, requantized
 
 BACKENDS = ("torch", "native")
@@ -154,3 +155,20 @@ def test_bad_out() -> None:
             dequantize_blockwise(q, out=out)
     with pytest.raises(ValueError, match="dtype must be"):
         dequantize_blockwise(q, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", codec_names())
+def test_cuts_are_rows_and_blocks_of_the_whole(name: str) -> None:
+    codec = get_codec(name)
+    block, flat = codec.block, (5 * codec.block + 7,)
+    for shape, first, last in (
+        (flat, 2 * block, 4 * block),
+        (flat, block, *flat),
+        ((6, block + 9), 2, 5),
+        ((6, 2, 3), 0, 4),
+        ((), 0, 1),
+    ):
+        whole = quantize_blockwise(torch.rand(shape) + 0.1, codec)
+        decoded = dequantize_blockwise(whole)
+        part = dequantize_blockwise(cut(whole, codec, first, last))
+        assert torch.equal(part, decoded[first:last] if shape else decoded.reshape(1)), shape

@@ -182,6 +182,30 @@ def test_parameters_overwritten_before_backward_are_noticed() -> None:
             loss.backward()
 
 
+def test_a_parameter_that_only_the_replay_reads_is_noticed() -> None:
+    """Backward of a sine needs its operand, not the bias that went into it: the replay does."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return (x + self.shift).sin()
+
+    model = nn.Sequential(Shifted())
+    with apply(model, _plan(BlockPlan("0", 0, "", (StorageAction(0, 0, Action.RECOMPUTE),)))):
+        for changes in (False, True):
+            loss = model(torch.randn(3, 4)).sum()
+            if changes:
+                with torch.no_grad():
+                    model[0].shift.add_(1)
+                with pytest.raises(RuntimeError, match="'0'"):
+                    loss.backward()
+            else:
+                loss.backward()
+
+
 def test_a_forward_that_changes_between_calls_is_noticed() -> None:
     class Moody(nn.Module):
         def __init__(self) -> None:
