@@ -1,17 +1,18 @@
 """The command line: ``memopt plan | place | probe | bench``.
 
-Exit status: 0 done, 1 bad input (one line on stderr, no traceback), 2 nothing fits.
+Exit status: 0 done, 1 bad input (one line on stderr, no traceback), 2 nothing fits, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -20,6 +21,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 NOTHING_FITS = 2
 BAD_INPUT = 1
+INTERRUPTED = 130
+_USAGE: Any = typer.BadParameter.__mro__[2]  # options that cannot be read: click's own class, wherever typer has it
 
 MODEL, BUDGET, TRAINING, SHARDING, OUTPUT = "Model", "Budget and hardware", "Training", "Sharding", "Output"
 FLAG = ""  # no type beside options that take no value
@@ -58,10 +61,22 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; bad input is one clear line on stderr and exit status 1, never a traceback."""
     try:
-        app()
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output has seen enough; Python flushes what is left at exit
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        raise SystemExit(BAD_INPUT) from None
+    except _USAGE as error:
+        _stop(error.format_message(), BAD_INPUT)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.stderr.write(f"memopt: {' '.join(str(error).split())}\n")
-        raise SystemExit(BAD_INPUT) from error
+        _stop(str(error), BAD_INPUT)
+    raise SystemExit(status or 0)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"memopt: {' '.join(message.split())}\n")
+    raise SystemExit(status)
 
 
 @contextmanager
@@ -219,13 +234,18 @@ def plan_command(
     from memopt.planner import Degrees, parse_bytes
     from memopt.planner import hardware as find_hardware
     from memopt.planner.tracing import check_name
-    from memopt.report import terminal
+    from memopt.report import check_writable, terminal
     from memopt.report.html import check_installed
 
     if html is not None:
         check_installed()
+    for file in (out, html, perfetto, snapshot):
+        if file is not None:
+            check_writable(file)
+    if max_seq and max_batch:
+        raise ValueError("--max-seq and --max-batch search for one size each; give one of them, and the other's size")
     device = find_hardware(hardware)
-    allowed = parse_bytes(budget) if budget else device.memory_bytes
+    allowed = parse_bytes(budget) if budget is not None else device.memory_bytes
     check_name(optimizer)
     asked = Asked(
         model=model,
@@ -272,8 +292,11 @@ def place_command(
 ) -> None:
     """Give every buffer of a CSV file an offset, so that no two that live together overlap."""
     from memopt.planner.placement import Outcome, place, read_csv, write_csv
+    from memopt.report import check_writable
 
     buffers = read_csv(file)
+    if out is not None:
+        check_writable(out)
     with progress("searching for offsets"):
         found = place(buffers, capacity=capacity, time_limit=time_limit)
     if out is not None and found.status is Outcome.PLACED:
@@ -292,7 +315,10 @@ def place_command(
 def probe_command(out: Out = None) -> None:
     """Measure this machine: FLOP/s, memory, host link and disk, as a hardware file for `memopt plan`."""
     from memopt.planner import probe
+    from memopt.report import check_writable
 
+    if out is not None:
+        check_writable(out)
     measured = probe()
     text = json.dumps(asdict(measured), indent=2)
     if out is not None:

@@ -52,15 +52,26 @@ def answer(asked: Asked, say: Say) -> Answer:
         ValueError: bad input, or a solver that could not answer; the message is one for the command line.
     """
     from memopt.planner import SolverError
+    from memopt.planner.models import is_function
 
+    sizes = asked.search or ("seq" if asked.seq is not None else "batch" if asked.batch != 1 else None)
+    if sizes is not None and is_function(asked.model):
+        given = f"--max-{sizes}" if asked.search else f"--{sizes}"
+        raise ValueError(f"{asked.model} makes its own batch, so that {given} has nothing to change there")
     try:
         if asked.search is not None:
             return _largest(asked, say)
         say("tracing one training step")
         step = _traced(asked, asked.batch, asked.seq)
-        return _fitted(asked, step, say) if asked.fit else _planned(asked, step, say)
+        found = _fitted(asked, step, say) if asked.fit else _planned(asked, step, say)
+        return replace(found, pages=(*found.pages, *_notes(step)))
     except SolverError as error:
         raise ValueError(str(error)) from error
+
+
+def _notes(step: Trace) -> tuple[str, ...]:
+    lines = step.meta.get("guessed_at")
+    return (f"Note: the step depends on values at {lines}; the trace took 1.0, 0 or False there.\n",) if lines else ()
 
 
 def _traced(asked: Asked, batch: int, seq: int | None) -> Trace:

@@ -19,3 +19,18 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuses a file that cannot be written, before the work that would fill it.
+
+    Raises:
+        ValueError: it is a folder, or its own folder is missing or not writable.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"cannot write {str(target)!r}: it is a folder")
+    if not target.parent.is_dir():
+        raise ValueError(f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"cannot write {str(target)!r}: folder {str(target.parent)!r} is not writable")

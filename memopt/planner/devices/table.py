@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from memopt.planner.naming import unknown
 from memopt.planner.strict_json import read_json
 
 _FOLDER = "hardware"
@@ -134,9 +135,8 @@ def hardware(name: str | os.PathLike[str] | Hardware = "auto") -> Hardware:
         return _parse(values, str(path))
     if path.suffix == ".json":
         raise HardwareError(f"hardware file {text!r} does not exist; `memopt probe --out {text}` writes one")
-    raise HardwareError(
-        f"unknown hardware {text!r}; choose auto, {', '.join(hardware_names())}, or a JSON file from `memopt probe`"
-    )
+    names = ("auto", *hardware_names())
+    raise HardwareError(unknown("hardware", text, names, ", or a JSON file from `memopt probe`"))
 
 
 def hardware_names() -> tuple[str, ...]:

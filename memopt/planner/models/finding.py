@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from memopt.planner.models.reference_models import FAMILIES
 from memopt.planner.models.transformers_configs import build_from_config
+from memopt.planner.naming import unknown, users_line
 from memopt.planner.strict_json import read_json
 
 _FOLDER = "models"
@@ -82,15 +83,20 @@ def find_model(
         with _on_meta(_DTYPES[dtype]):
             return _from_preset(text.lower(), batch, tokens)
     path = Path(text)
-    if path.is_dir() or path.suffix == ".json":
+    if text and (path.is_dir() or path.suffix == ".json"):
         with _on_meta(_DTYPES[dtype]):
             return _from_config(path, batch, tokens)
-    if ":" in text:
+    if is_function(text):
         return _from_python(text)
     raise ModelError(
-        f"unknown model {text!r}; choose {', '.join(preset_names())}, a transformers config.json or its folder, "
-        "or module:callable"
+        unknown("model", text, preset_names(), ", a transformers config.json or its folder, or module:callable")
     )
+
+
+def is_function(name: str) -> bool:
+    """Whether a model's name is ``module:callable``, so that the user's own code makes its batch."""
+    path = Path(name)
+    return ":" in name and name.lower() not in preset_names() and not path.is_dir() and path.suffix != ".json"
 
 
 @contextmanager
@@ -143,13 +149,34 @@ def _from_python(text: str) -> FoundModel:
     module_name, _, function_name = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    function = _imported(text, module_name, function_name)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise ModelError(f"cannot import {module_name!r} for model {text!r}: {error}") from error
-    except AttributeError:
-        raise ModelError(f"module {module_name!r} has no {function_name!r}") from None
-    found = function()
+        found = function()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{text} failed: {_told(error)}") from error
     if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], nn.Module):
         raise ModelError(f"{text} must return (model, inputs) or (model, inputs, loss_fn), not {type(found).__name__}")
     return FoundModel(text, *found)
+
+
+def _imported(text: str, module_name: str, function_name: str) -> Callable[[], Any]:
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"cannot import {module_name!r} for model {text!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"cannot import {module_name!r} for model {text!r}: {_told(error)}") from error
+    try:
+        function = getattr(module, function_name)
+    except AttributeError:
+        raise ModelError(f"module {module_name!r} has no {function_name!r}") from None
+    if not callable(function):
+        raise ModelError(f"{text} is a {type(function).__name__}; it must be a function without arguments")
+    made: Callable[[], Any] = function
+    return made
+
+
+def _told(error: BaseException) -> str:
+    """The error and the line of the user's that it comes from."""
+    where = users_line(error.__traceback__)
+    return f"{type(error).__name__}: {error}{f' (at {where})' if where else ''}"

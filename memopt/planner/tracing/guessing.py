@@ -11,7 +11,9 @@ booleans, except that everything is taken to be true of ``all``, and a mask sele
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memopt.planner.naming import users_line
 from memopt.planner.tracking import tensors_in
 
 _LIMIT = 1 << 22
 """Elements above which a tensor carries no shadow."""
+
+_ENTRY = str(Path(__file__).with_name("step.py"))
+"""Where the trace begins to run the user's code."""
 
 _CHOICES = {"topk": 1, "sort": 1, "argsort": 0, "argmax": 0, "argmin": 0, "max": 1, "min": 1, "multinomial": 0}
 """Operations that choose among values, and which of their outputs holds the indices."""
@@ -50,6 +56,7 @@ class Guesses(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._mode, self._fake = mode, fake
         self._shadows = WeakIdKeyDictionary()
+        self.guessed_at: dict[str, None] = {}  # lines of the user's that got a number without a shadow, in order
 
     def remember(self, fake: Any, real: Any) -> None:
         """Gives the integer and boolean tensors in ``fake`` the values of those in ``real``, of the same structure."""
@@ -122,6 +129,10 @@ class Guesses(TorchDispatchMode):
         if shadow is not None:
             return tree_map(self._like, shadow)
         name = func._schema.name.split("::")[-1]
+        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal") and (
+            where := users_line(sys._getframe(), _ENTRY)
+        ):
+            self.guessed_at[where] = None
         if name in ("_local_scalar_dense", "item"):
             return _number(args[0].dtype)
         if name in ("is_nonzero", "equal"):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memopt.planner.naming import unknown
+
 _MOMENTS = {
     "adamw": 2,
     "adam": 2,
@@ -70,7 +72,5 @@ def _rule_and_format(name: str) -> tuple[int, float]:
     for rule in sorted(_MOMENTS, key=len, reverse=True):
         if spelled.startswith(rule) and spelled[len(rule) :] in _BITS:
             return _MOMENTS[rule], _BITS[spelled[len(rule) :]]
-    raise ValueError(
-        f"unknown optimizer {name!r}; the rules are {', '.join(sorted(_MOMENTS))}, each alone (32-bit state) or "
-        f"followed by {', '.join(format for format in _BITS if format)}"
-    )
+    followed = f", each alone (32-bit state) or followed by {', '.join(format for format in _BITS if format)}"
+    raise ValueError(unknown("optimizer", name, sorted(_MOMENTS), followed))

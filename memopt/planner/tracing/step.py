@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from memopt.planner.naming import users_line
 from memopt.planner.tracing.assembling import assemble
 from memopt.planner.tracing.cuda_rules import CudaRules, workspace_bytes
 from memopt.planner.tracing.eager import eager_paths, quiet_fakes
@@ -56,7 +57,9 @@ def trace(
             sizes as its allocator does, whether or not there is a GPU.
 
     Returns:
-        The operations, storages and blocks of the step; ``peak_bytes`` is what ``memopt.meter`` would show.
+        The operations, storages and blocks of the step; ``peak_bytes`` is what ``memopt.meter`` would show. Where the
+        model asks for a value that no trace can know, and goes on by it, ``meta["guessed_at"]`` names the lines; the
+        trace took 1.0, 0 or False there.
 
     Raises:
         TraceError: the model, the loss or the optimizer failed on fake tensors, or no loss could be found.
@@ -73,12 +76,14 @@ def trace(
     step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
     try:
         with torch.enable_grad(), eager_paths(), quiet_fakes(), faked(model, faker):
-            bits = _run(model, faker, recorder, step, rules)
+            bits, guessed_at = _run(model, faker, recorder, step, rules)
     except TraceError:
         raise
     except Exception as error:
         raise TraceError(_explain(recorder, error)) from error
     made = assemble(model, recorder)
+    if guessed_at:
+        made = replace(made, meta={**made.meta, "guessed_at": ", ".join(guessed_at)})
     if bits is None:
         return made
     made = replace(made, meta={**made.meta, "state_bits": bits})
@@ -119,11 +124,11 @@ def _device_of(model: nn.Module) -> str:
 
 def _run(
     model: nn.Module, faker: Faker, recorder: Recorder, step: Step, rules: AbstractContextManager[Any]
-) -> float | None:
+) -> tuple[float | None, list[str]]:
     """Sets everything up as it is before a step, then runs that step under the recorder.
 
     Returns:
-        Bits of each number of the optimizer's state; None without an optimizer.
+        Bits of each number of the optimizer's state, None without an optimizer; the lines where a value was guessed.
     """
     device, autocast = _device_of(model), step.autocast
     if autocast is None and torch.is_autocast_enabled(device):
@@ -156,7 +161,7 @@ def _run(
                 forget_unused(twin, recorder)
         finally:
             recorder.stop()
-    return None if twin is None else state_bits(twin)
+    return None if twin is None else state_bits(twin), list(guesses.guessed_at)
 
 
 def _unpacked(tensor: Tensor) -> Tensor:
@@ -175,6 +180,8 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _explain(recorder: Recorder, error: Exception) -> str:
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else ''}"
+    where = users_line(error.__traceback__)
+    reason += f" (at {where})" if where else ""
     if recorder.failed is None:
         phase = recorder.history.phases[-1].value if recorder.history.phases else "setting up"
         return f"the trace failed in {phase}: {reason}"
