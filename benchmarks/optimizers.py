@@ -1,9 +1,9 @@
 """Speed and memory of the optimizers against torch, bitsandbytes and torchao (quality: benchmarks.optimizer_quality).
 
     python -m benchmarks.optimizers                     # everything: three speed tables, costs of a step, the build
-    python -m benchmarks.optimizers --cases large       # one of large, small, bf16
+    python -m benchmarks.optimizers --part large        # some of large, small, bf16, costs, build
     python -m benchmarks.optimizers --quick             # a minute: three rounds, no peers
-    python -m benchmarks.optimizers --save              # keeps the figures under benchmarks/results
+    python -m benchmarks.optimizers --save              # keeps each part's figures under benchmarks/results as it ends
 
 All optimizers of a table run interleaved in one process; a ratio is the median over rounds divided by the median of
 torch's fused AdamW, with the ratio of the minima beside it (steadier on a busy machine). "first" is the first step,
@@ -37,6 +37,7 @@ from benchmarks import results
 MIB = 2**20
 PORTABLE = "-march=x86-64-v3"
 BASE = "torch AdamW fused"
+PEER_SECONDS = 15.0  # after which a peer is measured no more
 Params = list[torch.Tensor]
 
 
@@ -139,34 +140,34 @@ def timed(call: Callable[[], Any]) -> float:
 def first_step(optimizer: Any) -> tuple[float, float]:
     """Seconds of the first step, and of the part in which states were allocated (0 for other libraries)."""
     allocating = [0.0]
-    allocate = getattr(optimizer, "initialise", None)
+    allocate = getattr(optimizer, "complete", None)
     if allocate is not None:
 
         def measured(*args: Any) -> None:
             allocating[0] += timed(lambda: allocate(*args))
 
-        optimizer.initialise = measured
+        optimizer.complete = measured
     seconds = timed(optimizer.step)
     if allocate is not None:
-        del optimizer.initialise
+        del optimizer.complete
     return seconds, allocating[0]
 
 
-def warm_up() -> None:
+def warm_up(dtype: torch.dtype) -> None:
     """Has every kernel built and loaded, which the first step of a table shall not wait for."""
     for name, build in ROWS.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((64, 256), (3,))]
-            with kernels_for(name):
-                optimizer = build(params)
-                for p in params:
-                    p.grad = torch.zeros_like(p)
-                optimizer.step()
+        params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((64, 256), (3,))]
+        with kernels_for(name):
+            optimizer = build(params)
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
 
 
 def speed(case: str, rounds: int, peers: Sequence[str]) -> list[dict[str, Any]]:
     """Steps every optimizer ``rounds`` times, in turn."""
     _, parameters, dtype = CASES[case]
+    warm_up(dtype)
     params = parameters(dtype)
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
@@ -184,7 +185,7 @@ def speed(case: str, rounds: int, peers: Sequence[str]) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for number in range(rounds):
         for name, optimizer in running.items():
-            if name not in PEERS or number < 3:
+            if name not in PEERS or (number < 3 and sum(seconds[name]) < PEER_SECONDS):
                 with kernels_for(name):
                     seconds[name].append(timed(optimizer.step))
     base, count = seconds[BASE], sum(p.numel() for p in params)
@@ -268,7 +269,7 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     """Parses the options and prints what they ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--part", nargs="+", choices=[*CASES, "costs", "build"], help="default: all of them")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="three rounds, no peers, no build from an empty cache")
@@ -277,22 +278,22 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rounds = 3 if options.quick else options.rounds
-    warm_up()
-    tables: list[tuple[str, str, list[dict[str, Any]]]] = []
-    for case in options.cases:
-        peers = [] if options.quick else list(PEERS) if case == "large" else ["bitsandbytes AdamW8bit"]
-        tables.append((f"optimizers-{case}", CASES[case][0], speed(case, rounds, peers)))
-        show(*tables[-1][1:])
-    tables.append(
-        ("optimizers-costs", "A step's temporaries on ragged shapes; 1000 tensors of 8 elements", costs(rounds))
-    )
-    show(*tables[-1][1:])
-    if not options.quick:
-        tables.append(("optimizers-build", "The first step of a process", building()))
-        show(*tables[-1][1:])
-    if options.save:
-        for name, title, rows in tables:
-            results.save(name, title, rows, [f"`python -m benchmarks.optimizers --rounds {rounds}`"])
+    for part in options.part or [*CASES, "costs", *([] if options.quick else ["build"])]:
+        if part == "costs":
+            title, rows = "A step's temporaries on ragged shapes; 1000 tensors of 8 elements", costs(rounds)
+        elif part == "build":
+            title, rows = "The first step of a process", building()
+        else:
+            peers = [] if options.quick else list(PEERS) if part == "large" else ["bitsandbytes AdamW8bit"]
+            title, rows = CASES[part][0], speed(part, rounds, peers)
+        show(title, rows)
+        if options.save:
+            results.save(
+                f"optimizers-{part}",
+                title,
+                rows,
+                [f"`python -m benchmarks.optimizers --part {part} --rounds {rounds}`"],
+            )
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from memopt.kernels import Quantized, codec_names, get_codec, quantize_blockwise, step
+from memopt.kernels import Quantized, State, Update, codec_names, get_codec, quantize_blockwise, step
 from tests.kernels.step_cases import (
     ADAMW,
     EVERYTHING,
@@ -178,6 +179,34 @@ def test_signs_are_torchs() -> None:
     p = torch.ones(40)
     step(SIGN, [p], [g], [[torch.zeros(40)]], [None], {})
     assert torch.equal(p, torch.sign(g))
+
+
+def test_states_may_be_multiplied_by_negative_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels decode a state times its factor, through roots, where that is not negative."""
+
+    def fn(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...]]:
+        return p, (s.beta * states[0] + 0.5 * (g * s.scale), s.square * (g * s.scale * g) + s.keep * states[1])
+
+    rule = Update("negative", (State("m"), State("v", signed=False)), ("beta", "keep", "scale", "square"), fn)
+    for beta, keep, kinds in (
+        (0.9, 0.5, ("sq127", "root4")),
+        (-0.9, 0.5, ("sq127", "root4")),
+        (-0.9, 0.0, ("sq15", "sqrt")),
+    ):
+        outcomes = []
+        for backend in ("torch", "native"):
+            monkeypatch.setenv("MEMOPT_KERNELS", backend)
+            generator = torch.Generator().manual_seed(9)
+            states = [[zeros((3, 512), kind)] for kind in kinds]
+            for number in range(2):
+                g = torch.randn(3, 512, generator=generator)
+                scalars = {"beta": beta, "keep": keep, "scale": 0.1, "square": 0.5}
+                step(rule, [torch.zeros(3, 512)], [g], states, [codec_of(k) for k in kinds], scalars, step=number)
+            outcomes.append(states)
+        for (a,), (b,) in zip(*outcomes, strict=True):
+            torch.testing.assert_close(b.scales, a.scales, rtol=0.05, atol=0)  # a first code may differ
+            width = 0.3 if kinds[0] == "sq15" else 0.05
+            torch.testing.assert_close(value(b), value(a), rtol=0, atol=width * float(a.scales.max()))
 
 
 @pytest.mark.usefixtures("_backend")

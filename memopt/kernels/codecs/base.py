@@ -60,7 +60,7 @@ class Codec(abc.ABC):
 
     def with_block(self, block: int) -> Codec:
         """The same codec with another block size."""
-        return replace(self, block=block)
+        return self if block == self.block else replace(self, block=block)
 
     def blocks(self, shape: torch.Size | tuple[int, ...]) -> Blocks:
         """How a tensor of this shape is cut up."""
