@@ -22,11 +22,14 @@ HIDDEN int omp_get_num_threads() {
   return omp_on_threads::team == nullptr ? 1 : static_cast<int>(omp_on_threads::team->size);
 }
 
-HIDDEN void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
-  omp_on_threads::Team team;
+namespace omp_on_threads {
+inline void together(void (*body)(void*), void* data, unsigned threads, long end, long chunk) {
+  Team team;
   team.size = threads == 0 ? 1 : threads;
+  team.end = end;
+  team.chunk = chunk;
   const auto run = [&](unsigned number) {
-    omp_on_threads::Team* outer = omp_on_threads::team;
+    Team* outer = omp_on_threads::team;
     const unsigned before = omp_on_threads::number;
     omp_on_threads::team = &team;
     omp_on_threads::number = number;
@@ -38,6 +41,17 @@ HIDDEN void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, uns
   for (unsigned i = 1; i < team.size; ++i) others.emplace_back(run, i);
   run(0);
   for (std::thread& other : others) other.join();
+}
+}  // namespace omp_on_threads
+
+HIDDEN void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  omp_on_threads::together(body, data, threads, 0, 1);
+}
+
+// A parallel loop of a length that the compiler knows, whose iterations threads take as they come.
+HIDDEN void GOMP_parallel_loop_nonmonotonic_dynamic(void (*body)(void*), void* data, unsigned threads, long, long end,
+                                                    long, long chunk, unsigned) {
+  omp_on_threads::together(body, data, threads, end, chunk);
 }
 
 HIDDEN bool GOMP_loop_nonmonotonic_dynamic_next(long* first, long* last) {
