@@ -11,6 +11,7 @@ import torch
 
 from memopt.optim import AdamW, AdamW8bit, make, optimizers
 from memopt.optim.formats import Blockwise, names
+from memopt.optim.registry import by_name, rules_by_name
 from tests.optim.training import copies, gradients, largest_difference, parameters, run
 
 SHAPE = (64, 300)
@@ -98,6 +99,8 @@ def test_every_class_is_offered_and_documented() -> None:
         assert getattr(room, name) is one
         assert name in room.__all__
         assert one.__doc__
+    for rule, one in rules_by_name().items():  # what state dicts say is what ``make`` takes
+        assert by_name(rule)[0] is one
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.rules.adamw import EXP_AVG, adam_scalars
 
 
-def adamini_update(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...]]:
+def adammini_update(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...]]:
     """One element: AdamW's step with its block's denominator."""
     m, denominator = states
     m = s.beta1 * m + s.beta1_comp * (g * s.grad_scale)
@@ -25,10 +25,10 @@ def adamini_update(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any
 
 
 ADAMINI = Update(
-    "adamini",
+    "adammini",
     (EXP_AVG, State("denominator", signed=False)),
     ("grad_scale", "beta1", "beta1_comp", "step_size", "keep"),
-    adamini_update,
+    adammini_update,
 )
 
 
@@ -95,7 +95,7 @@ class AdamMini(RuleOptimizer):
     but 4 bytes an element of one parameter at a time where rows are shorter than the format's block.
     """
 
-    rule = "adamini"
+    rule = "adammini"
     elementwise = False
 
     def __init__(
