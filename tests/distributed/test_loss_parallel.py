@@ -103,10 +103,12 @@ def pair_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), torch.tensor(9.5, dtype=dtype)
 
 
-def contrastive_part(rank: int, dtype: torch.dtype) -> list[Tensor]:
-    q, k, scale = pair_inputs(dtype)
-    own = slice(5 * rank, 5 * rank + 5)
-    leaves = [t.clone().requires_grad_() for t in (q[own], k[own], scale)]
+COUNTS = {2: (5, 5), 3: (2, 7, 1)}  # pairs of each rank
+
+
+def contrastive_part(rank: int, ranks: int, dtype: torch.dtype) -> list[Tensor]:
+    q, k, scale = (t.split(COUNTS[ranks])[rank] if t.dim() else t for t in pair_inputs(dtype))
+    leaves = [t.clone().requires_grad_() for t in (q, k, scale)]
     loss = contrastive_loss(
         leaves[0], leaves[1], logit_scale=leaves[2], chunk_bytes=2 * 5 * 8, process_group=dist.group.WORLD
     )
@@ -114,15 +116,26 @@ def contrastive_part(rank: int, dtype: torch.dtype) -> list[Tensor]:
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_pairs_meet_round_the_ring(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.float64)], ids=str)
+def test_pairs_meet_round_the_ring(ranks: int, dtype: torch.dtype) -> None:
     q, k, scale = (t.requires_grad_() for t in pair_inputs(dtype))
     z = scale * (q @ k.t())
     loss = (F.cross_entropy(z, torch.arange(10)) + F.cross_entropy(z.t(), torch.arange(10))) / 2
     (2 * loss).backward()
-    parts = run_ranks(contrastive_part, 2, dtype)
+    parts = run_ranks(contrastive_part, ranks, ranks, dtype)
     for part in parts:
         torch.testing.assert_close(part[0], loss.detach())
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), q.grad)
     torch.testing.assert_close(torch.cat([part[2] for part in parts]), k.grad)
-    torch.testing.assert_close(parts[0][3] + parts[1][3], scale.grad)
+    torch.testing.assert_close(sum(part[3] for part in parts), scale.grad)
+
+
+def widths_differ(rank: int) -> str:
+    q = torch.ones(3, 4 + rank)
+    with pytest.raises(ValueError, match="one width on all ranks") as caught:
+        contrastive_loss(q, q, logit_scale=1.0, process_group=dist.group.WORLD)
+    return str(caught.value)
+
+
+def test_widths_that_differ_are_named() -> None:
+    assert run_ranks(widths_differ, 2) == ["queries and keys must have one width on all ranks, got [4, 5] by rank"] * 2

@@ -60,6 +60,35 @@ def test_cross_entropy_as_a_special_case() -> None:
     torch.testing.assert_close(*results, rtol=8e-3, atol=8e-3)
 
 
+@pytest.mark.parametrize("rows", [60, 100, 300])
+def test_weight_gradient_is_rounded_once(rows: int) -> None:
+    """One chunk; rows that wait in the gradient (64 of them at most, and 50 in the last chunk); more than those."""
+    generator = torch.Generator().manual_seed(2)
+    h, w = (torch.randn(n, 64, generator=generator).div(4).bfloat16() for n in (rows, 700))
+    target = torch.randint(0, 700, (rows,), generator=generator)
+    made = {}
+    for accumulate in ("once", "weight", "float32", "truth"):
+        exact = accumulate == "truth"
+        a, b = ((t.double() if exact else t.clone()).requires_grad_() for t in (h, w))
+        options: dict[str, Any] = {} if exact else {"accumulate": accumulate, "chunk_bytes": 50 * 700 * 2}
+        chunked_loss(lambda z, y: F.cross_entropy(z, y, reduction="sum"), a, b, target, **options).backward()
+        made[accumulate] = b.grad.double()
+    errors = {name: float((g - made["truth"]).norm()) for name, g in made.items()}
+    assert errors["once"] <= 1.02 * errors["float32"]
+    if rows > 60:
+        assert errors["weight"] > 1.05 * errors["once"]
+
+
+def test_chunks_that_do_not_depend_on_the_logits() -> None:
+    """The first chunk's value is a constant, the second's gradient has no memory of its own, the third is as usual."""
+    values = iter((lambda z: z.new_ones(()), lambda z: z.sum(), lambda z: z.square().sum()))
+    h, w = torch.randn(192, 80).bfloat16(), torch.randn(300, 80).bfloat16().requires_grad_()
+    chunked_loss(lambda z: next(values)(z), h, w, chunk_bytes=64 * 300 * 2).backward()
+    first = h[64:128].double().sum(0).expand(300, 80)
+    second = 2 * (w.detach().double() @ h[128:].double().t()) @ h[128:].double()
+    torch.testing.assert_close(w.grad.double(), first + second, rtol=0.02, atol=2.0)
+
+
 def test_autocast_and_func_grad() -> None:
     t = tensors(torch.float32)
     h, w = t["hidden"].detach(), t["weight"].detach()
@@ -123,7 +152,11 @@ def test_compile_leaves_it_to_eager_mode() -> None:
         ({"hidden": torch.randn(8)}, ValueError, r"hidden must have shape \(N, ..., H\)"),
         ({"weight": torch.randn(4, 9)}, ValueError, "hidden must end in weight's 9 features"),
         ({"bias": torch.randn(4)}, ValueError, r"bias must have shape \(11,\)"),
-        ({"accumulate": "once"}, ValueError, "accumulate must be 'weight' or 'float32' in chunked_loss, got 'once'"),
+        ({"accumulate": "twice"}, ValueError, "accumulate must be one of 'once', 'weight', 'float32', got 'twice'"),
+        ({"hidden": None}, TypeError, "hidden must be a tensor, got NoneType"),
+        ({"fn": "mean"}, TypeError, "fn must be a function of a chunk of logits, got str"),
+        ({"weight": torch.randn(11, 8, device="meta")}, ValueError, "weight is on meta, but hidden is on cpu"),
+        ({"hidden": torch.eye(8).to_sparse()}, ValueError, "hidden must be a dense tensor"),
         ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be positive"),
     ],
 )

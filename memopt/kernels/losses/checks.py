@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ def check_inputs(
         if not isinstance(tensor, Tensor) and not (optional and tensor is None):
             expected = "a tensor or None" if optional else "a tensor"
             raise TypeError(f"{name} must be {expected}, got {type(tensor).__name__}")
-        if tensor is not None and tensor.device != hidden.device:
+        if tensor is None:
+            continue
+        check_dense(name, tensor)
+        if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}; move it there")
     check_pair(hidden, weight)
     V = weight.shape[0]
@@ -54,6 +58,16 @@ def check_inputs(
     return check_scale(logit_scale, hidden)
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """ValueError for a sparse, nested or distributed tensor, whose memory is not what the kernels take it for."""
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}; use .to_dense()")
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor; pass {name}.full_tensor(), or local rows of the vocabulary and process_group"
+        )
+
+
 def check_pair(hidden: Tensor, weight: Tensor) -> None:
     """``hidden`` (..., H) and ``weight`` (V, H) of one dtype, or the one that autocast makes of them."""
     if weight.dim() != 2:
@@ -63,13 +77,23 @@ def check_pair(hidden: Tensor, weight: Tensor) -> None:
             f"hidden must end in weight's {weight.shape[1]} features, got hidden {tuple(hidden.shape)} and weight "
             f"{tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError("weight must have at least one row")
+    if weight.numel() == 0:
+        raise ValueError(f"weight must have at least one row and one feature, got {tuple(weight.shape)}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
     if hidden.dtype != weight.dtype and autocast_dtype(hidden.device) is None:
         raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them, or use autocast")
+
+
+def check_group(process_group: object) -> None:
+    """TypeError for what is not a process group, None aside."""
+    if process_group is None:
+        return
+    import torch.distributed as dist
+
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -96,13 +120,16 @@ def refuse_second_derivatives(what: str) -> None:
 
 def check_scale(logit_scale: float | Tensor | None, like: Tensor) -> Tensor | None:
     """``logit_scale`` as a scalar tensor on the device of ``like``, None for none."""
-    if logit_scale is None or isinstance(logit_scale, Tensor):
-        if logit_scale is not None and logit_scale.numel() != 1:
+    if logit_scale is None:
+        return None
+    if isinstance(logit_scale, Tensor):
+        check_dense("logit_scale", logit_scale)
+        if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be one number, got a tensor of shape {tuple(logit_scale.shape)}")
-        if logit_scale is not None and logit_scale.device != like.device:
+        if logit_scale.device != like.device:
             raise ValueError(f"logit_scale is on {logit_scale.device}, but hidden is on {like.device}; move it there")
         return logit_scale
-    if not isinstance(logit_scale, (int, float)):
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, Real):
         raise TypeError(f"logit_scale must be a number, a scalar tensor or None, got {type(logit_scale).__name__}")
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.full((), float(logit_scale), dtype=dtype, device=like.device)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memopt.kernels.losses.checks import autocast_dtype, autocast_off, check_pair, refuse_second_derivatives
+from memopt.kernels.losses.checks import (
+    autocast_dtype,
+    autocast_off,
+    check_dense,
+    check_pair,
+    refuse_second_derivatives,
+)
 from memopt.kernels.losses.settings import Settings, rows_per_chunk
-from memopt.kernels.losses.weight_gradient import WeightGradient
+from memopt.kernels.losses.weight_gradient import HeldGradient, WeightGradient
 
 _CHUNK_BYTES = 32 * 2**20
 
@@ -25,7 +31,7 @@ def chunked_loss(
     bias: Tensor | None = None,
     shared: Sequence[Tensor] = (),
     chunk_bytes: int | None = None,
-    accumulate: str = "weight",
+    accumulate: str = "once",
 ) -> Tensor:
     """The sum of ``fn`` over chunks of the first dimension, logits and gradients made one chunk at a time.
 
@@ -42,8 +48,10 @@ def chunked_loss(
         rows: tensors with first dimension N: targets, masks, a teacher's hidden states.
         shared: tensors every chunk gets whole: a temperature, a teacher's weight.
         chunk_bytes: logits of a chunk in the dtype of ``hidden``; 32 MiB unless given. ``fn`` may need several times.
-        accumulate: "weight" adds a chunk's part of the weight's gradient in the weight's dtype, in 16 bits with an
-            error of about sqrt((K + 1) / 2) roundings for K chunks; "float32" rounds once, for 4 bytes per element.
+        accumulate: how the weight's gradient is made from chunks. "once": in 16 bits each element is rounded once. Up
+            to H positions beside those of the last chunk wait in the gradient's own memory; more are summed in float32.
+            "weight" adds in the weight's dtype, with an error of about sqrt((K + 1) / 2) roundings for K chunks, as
+            "once" does in float32. "float32" adds in 4 more bytes per weight element.
 
     Returns:
         The scalar sum. Every floating input that requires a gradient gets one.
@@ -54,12 +62,22 @@ def chunked_loss(
 
     torch.compile leaves the call to eager mode.
 
-    Cost: a chunk of logits and what ``fn`` makes of it; time of three products.
+    Cost: a chunk of logits, what ``fn`` makes of it, and in 16 bits with more than H positions beside the last chunk 4
+    bytes per weight element unless ``accumulate`` is "weight". Time of three products.
     """
     if torch._C._functorch.get_interpreter_stack() is not None:
         raise RuntimeError(
             "chunked_loss differentiates fn itself, so not under torch.func; use backward or autograd.grad"
         )
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None:
+            check_dense(name, tensor)
+            if tensor.device != hidden.device:
+                raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}; move it there")
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of a chunk of logits, got {type(fn).__name__}")
     check_pair(hidden, weight)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must have shape (N, ..., H), got {tuple(hidden.shape)}")
@@ -71,8 +89,6 @@ def chunked_loss(
             raise ValueError(f"rows[{index}] must have first dimension {N} as hidden, got {tuple(tensor.shape)}")
     if bias is not None and tuple(bias.shape) != (V,):
         raise ValueError(f"bias must have shape ({V},), got {tuple(bias.shape)}")
-    if accumulate not in ("weight", "float32"):
-        raise ValueError(f"accumulate must be 'weight' or 'float32' in chunked_loss, got {accumulate!r}")
     settings = Settings(chunk_bytes=_CHUNK_BYTES if chunk_bytes is None else chunk_bytes, accumulate=accumulate)
     if (cast := autocast_dtype(hidden.device)) is not None:
         hidden, weight = hidden.to(cast), weight.to(cast)
@@ -124,10 +140,11 @@ def _walk(
         None if not n else torch.zeros_like(t) for n, t in zip(needed[3:], others, strict=True)
     ]
     of_hidden = torch.empty_like(hidden) if needed[0] else None
-    sink = WeightGradient(weight, call.settings) if needed[1] else None
     of_bias = torch.zeros(V, dtype=opmath, device=hidden.device) if bias is not None and needed[2] else None
     positions = hidden[0].numel() // max(1, hidden.shape[-1]) if N else 1
     step = rows_per_chunk(N, positions * V * hidden.element_size(), call.settings.chunk_bytes)
+    last = (N - (N - 1) // step * step) * positions
+    sink = _sink(call.settings, hidden, weight, last) if needed[1] else None
     for first in range(0, N, step):
         part = slice(first, min(first + step, N))
         h = hidden[part]
@@ -141,14 +158,14 @@ def _walk(
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"fn must return a scalar tensor, the sum over its chunk; got {got}")
         loss += value.detach().reshape(()).to(opmath)
-        if not any(needed) or not value.requires_grad:
+        if not any(needed):
             continue
         sources = [logits, *(a for a, n in zip(arguments, needed[3:], strict=True) if n)]
-        d, *rest = torch.autograd.grad(value, sources, value.new_ones(value.shape), allow_unused=True)
-        del final, value, logits
-        _collect(made, rest, needed[3:], call.row_count, part)
+        d, *rest = _differentiate(value, sources)
         if d is None:
-            continue
+            d = torch.zeros_like(logits, requires_grad=False)
+        del final, value, logits, sources
+        _collect(made, rest, needed[3:], call.row_count, part)
         d_rows, h_rows = d.reshape(-1, V), h.reshape(-1, h.shape[-1])
         if of_hidden is not None:
             of_hidden[part] = (d_rows @ weight).view_as(h)
@@ -158,6 +175,23 @@ def _walk(
             of_bias += d_rows.sum(0, dtype=opmath)
     bias_gradient = None if of_bias is None or bias is None else of_bias.to(bias.dtype)
     return loss, [of_hidden, None if sink is None else sink.finish(), bias_gradient, *made]
+
+
+def _sink(settings: Settings, hidden: Tensor, weight: Tensor, last: int) -> WeightGradient | HeldGradient:
+    """Where chunks of the weight's gradient go; the last chunk has ``last`` positions."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if settings.accumulate != "once" or hidden.element_size() != 2 or rows.shape[0] <= last:
+        return WeightGradient(weight, settings)
+    if rows.shape[0] - last <= rows.shape[1]:
+        return HeldGradient(weight, rows, last, settings.chunk_bytes // 8)
+    return WeightGradient(weight, replace(settings, accumulate="float32"))
+
+
+def _differentiate(value: Tensor, sources: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of a scalar with respect to ``sources``, None where it does not depend on one."""
+    if not value.requires_grad:
+        return [None] * len(sources)
+    return torch.autograd.grad(value, sources, value.new_ones(value.shape), allow_unused=True)
 
 
 def _collect(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from memopt.kernels.losses.checks import autocast_dtype, autocast_off, check_scale, refuse_second_derivatives
-from memopt.kernels.losses.contrastive_ring import Ring, Visitor
+from memopt.kernels.losses.checks import (
+    autocast_dtype,
+    autocast_off,
+    check_dense,
+    check_group,
+    check_scale,
+    refuse_second_derivatives,
+)
+from memopt.kernels.losses.contrastive_ring import Ring
 from memopt.kernels.losses.logits_ops import logit_statistics
 from memopt.kernels.losses.pairs_ops import column_statistics_, pair_gradient_
-from memopt.kernels.losses.settings import rows_per_chunk
+from memopt.kernels.losses.settings import Settings, even_chunks, rows_per_chunk
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,9 +48,10 @@ def contrastive_loss(
         keys: (N, D) of the same dtype, row i belonging to row i of the queries.
         logit_scale: a number or a scalar tensor, which gets a gradient.
         chunk_bytes: scratch for similarities; 32 MiB unless given.
-        process_group: ranks with N pairs each; every query meets the keys of all ranks, which travel round a ring. Each
-            rank returns the mean over all pairs, and the gradient of it with respect to its own tensors; for
-            ``logit_scale`` that is the part of its own queries, so that a sum over ranks is the whole.
+        process_group: ranks with pairs of their own, not necessarily equally many; every query meets the keys of all
+            ranks, which travel round a ring. Each rank returns the mean over all pairs, and the gradient of it with
+            respect to its own tensors; for ``logit_scale`` that is the part of its own queries, so that a sum over
+            ranks is the whole.
 
     Returns:
         A scalar, float32 (float64 for float64).
@@ -63,6 +72,7 @@ def contrastive_loss(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape (pairs, width), got {tuple(tensor.shape)}")
+        check_dense(name, tensor)
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {tensor.dtype}")
     if queries.shape != keys.shape:
@@ -73,13 +83,13 @@ def contrastive_loss(
         queries, keys = queries.to(cast), keys.to(cast)
     if queries.dtype != keys.dtype:
         raise ValueError(f"queries are {queries.dtype} but keys {keys.dtype}; cast one of them, or use autocast")
-    if chunk_bytes is not None and chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    budget = Settings(chunk_bytes=_CHUNK_BYTES if chunk_bytes is None else chunk_bytes).chunk_bytes
+    check_group(process_group)
     scale = check_scale(logit_scale, queries)
     if scale is None:
         raise TypeError("logit_scale must be a number or a scalar tensor, got None")
-    budget = _CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    loss: Tensor = _Contrastive.apply(queries, keys, scale, budget, Ring(process_group))[0]  # type: ignore[no-untyped-call]
+    ring = Ring.of(process_group, keys)
+    loss: Tensor = _Contrastive.apply(queries, keys, scale, budget, ring)[0]  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -125,15 +135,12 @@ def _forward(queries: Tensor, keys: Tensor, scale: Tensor, budget: int, ring: Ri
     N = queries.shape[0]
     row_highest = scale.new_full((N,), -float("inf"))
     row_total, pair = scale.new_zeros(N), scale.new_zeros(N)
-    R = rows_per_chunk(N, N * queries.element_size(), budget)
-    scratch = torch.empty(min(R, N), N, dtype=queries.dtype, device=queries.device)
-    visitor = Visitor([keys, scale.new_full((N,), -float("inf")), scale.new_zeros(N)])
+    scratch = _scratch(queries, budget, ring)
+    visitor = ring.visitor(keys, scale.new_full((N,), -float("inf")), scale.new_zeros(N))
     for step in range(ring.size):
         block, column_highest, column_total = visitor.tensors
-        for first in range(0, N, R):
-            rows = slice(first, min(first + R, N))
-            chunk = torch.mm(queries[rows], block.t(), out=scratch[: rows.stop - first])
-            own = torch.arange(first, rows.stop, device=queries.device) if step == 0 else None
+        for rows, chunk in _similarities(queries, block, scratch):
+            own = torch.arange(rows.start, rows.stop, device=queries.device) if step == 0 else None
             statistics, _ = logit_statistics(chunk, own, None, None, None, scale, 0.0, False, False)
             if step == 0:
                 pair[rows] = statistics[3]
@@ -146,7 +153,7 @@ def _forward(queries: Tensor, keys: Tensor, scale: Tensor, budget: int, ring: Ri
     _, column_highest, column_total = visitor.tensors
     total = ((row_highest - pair) + row_total.log() + (column_highest - pair) + column_total.log()).sum()
     by_row, by_column = torch.stack([row_highest, row_total]), torch.stack([column_highest, column_total])
-    return ring.sum_(total) / (2 * N * ring.size), by_row, by_column
+    return ring.sum_(total) / (2 * ring.pairs), by_row, by_column
 
 
 def _backward(
@@ -160,24 +167,21 @@ def _backward(
     ring: Ring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from similarities made again; a block's gradient travels with its keys and is whole when it is home."""
-    N = queries.shape[0]
     narrow = queries.dtype in (torch.bfloat16, torch.float16)
     sums = scale.dtype if narrow else queries.dtype
-    coefficient = of_loss.to(scale.dtype) / (2 * max(N, 1) * ring.size)
+    coefficient = of_loss.to(scale.dtype) / (2 * max(ring.pairs, 1))
     by_row, by_column = (torch.stack([s[0], coefficient / s[1]]) for s in (row_statistics, column_statistics))
     of_queries = torch.zeros_like(queries, dtype=sums)
     of_scale = torch.zeros_like(scale)
-    R = rows_per_chunk(N, N * queries.element_size(), budget)
-    scratch = torch.empty(min(R, N), N, dtype=queries.dtype, device=queries.device)
-    visitor = Visitor([keys, by_column, torch.zeros_like(keys, dtype=sums)])
+    scratch = _scratch(queries, budget, ring)
+    visitor = ring.visitor(keys, *by_column, torch.zeros_like(keys, dtype=sums))
     for step in range(ring.size):
-        block, block_columns, of_block = visitor.tensors
-        for first in range(0, N, R):
-            rows = slice(first, min(first + R, N))
-            chunk = torch.mm(queries[rows], block.t(), out=scratch[: rows.stop - first])
-            own = torch.arange(first, rows.stop, device=queries.device)
+        block, *statistics, of_block = visitor.tensors
+        of_columns = torch.stack(statistics)
+        for rows, chunk in _similarities(queries, block, scratch):
+            own = torch.arange(rows.start, rows.stop, device=queries.device)
             own = own if step == 0 else torch.full_like(own, -1)
-            of_scale += pair_gradient_(chunk, by_row[:, rows], block_columns, own, coefficient, scale).sum()
+            of_scale += pair_gradient_(chunk, by_row[:, rows], of_columns, own, coefficient, scale).sum()
             if narrow:
                 of_queries[rows] += chunk @ block
                 of_block += chunk.t() @ queries[rows]
@@ -185,4 +189,21 @@ def _backward(
                 of_queries[rows].addmm_(chunk, block)
                 of_block.addmm_(chunk.t(), queries[rows])
         visitor = ring.pass_on(visitor)
-    return of_queries.to(queries.dtype), visitor.tensors[2].to(keys.dtype), of_scale
+    return of_queries.to(queries.dtype), visitor.tensors[-1].to(keys.dtype), of_scale
+
+
+def _scratch(queries: Tensor, budget: int, ring: Ring) -> Tensor:
+    """Room for a chunk of rows against the largest block of any rank; of one row at least."""
+    N, C = queries.shape[0], max(ring.counts)
+    rows = min(N, rows_per_chunk(N, C * queries.element_size(), budget))
+    return torch.empty(rows * C, dtype=queries.dtype, device=queries.device)
+
+
+def _similarities(queries: Tensor, block: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows of ``queries @ block.T``, one after the other in the same scratch."""
+    N, C = queries.shape[0], block.shape[0]
+    if C == 0:
+        return
+    for rows in even_chunks(N, C, scratch.numel()):
+        out = scratch[: (rows.stop - rows.start) * C].view(-1, C)
+        yield rows, torch.mm(queries[rows], block.t(), out=out)

@@ -14,24 +14,50 @@ if TYPE_CHECKING:
 
 @dataclass
 class Visitor:
-    """What a rank has in its hands during one step, in a fixed order with fixed shapes on every rank."""
+    """What a rank has in its hands during one step, in a fixed order on every rank.
+
+    The first dimension of every tensor is the number of pairs of the rank that is its home.
+    """
 
     tensors: list[Tensor]
+    home: int
 
 
 @dataclass(frozen=True)
 class Ring:
-    """The ranks of a process group, or this process alone."""
+    """The ranks of a process group, or this process alone; ``counts`` are the pairs of each."""
 
-    group: ProcessGroup | None
+    counts: tuple[int, ...]
+    rank: int = 0
+    group: ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, group: ProcessGroup | None, keys: Tensor) -> Ring:
+        """Asks every rank for its shape; ValueError, on all of them, where widths differ."""
+        if group is None:
+            return cls((keys.shape[0],))
+        import torch.distributed as dist
+
+        shapes = torch.zeros(dist.get_world_size(group), 2, dtype=torch.int64, device=keys.device)
+        rank = dist.get_rank(group)
+        shapes[rank] = torch.tensor(keys.shape)
+        dist.all_reduce(shapes, group=group)
+        counts, widths = shapes.t().tolist()
+        if len(set(widths)) > 1:
+            raise ValueError(f"queries and keys must have one width on all ranks, got {widths} by rank")
+        return cls(tuple(counts), rank, group)
 
     @property
     def size(self) -> int:
-        if self.group is None:
-            return 1
-        import torch.distributed as dist
+        return len(self.counts)
 
-        return dist.get_world_size(self.group)
+    @property
+    def pairs(self) -> int:
+        return sum(self.counts)
+
+    def visitor(self, *tensors: Tensor) -> Visitor:
+        """These tensors of this rank, about to travel."""
+        return Visitor(list(tensors), self.rank)
 
     def sum_(self, value: Tensor) -> Tensor:
         if self.group is not None:
@@ -42,19 +68,18 @@ class Ring:
 
     def pass_on(self, visitor: Visitor) -> Visitor:
         """Sends to the next rank and receives from the one before; every rank must take part."""
-        size = self.size
-        if size == 1:
+        if self.group is None or self.size == 1:
             return visitor
         import torch.distributed as dist
 
-        assert self.group is not None
-        rank = dist.get_rank(self.group)
-        onward = dist.get_global_rank(self.group, (rank + 1) % size)
-        back = dist.get_global_rank(self.group, (rank - 1) % size)
+        home = (visitor.home - 1) % self.size
+        onward = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
+        back = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
         sent = [tensor.contiguous() for tensor in visitor.tensors]
-        received = [torch.empty_like(tensor) for tensor in sent]
-        operations = [dist.P2POp(dist.isend, tensor, onward, self.group) for tensor in sent]
-        operations += [dist.P2POp(dist.irecv, tensor, back, self.group) for tensor in received]
-        for request in dist.batch_isend_irecv(operations):
+        received = [tensor.new_empty(self.counts[home], *tensor.shape[1:]) for tensor in sent]
+        # Nothing travels for a rank without pairs.
+        operations = [dist.P2POp(dist.isend, tensor, onward, self.group) for tensor in sent if tensor.numel()]
+        operations += [dist.P2POp(dist.irecv, tensor, back, self.group) for tensor in received if tensor.numel()]
+        for request in dist.batch_isend_irecv(operations) if operations else ():
             request.wait()
-        return Visitor(received)
+        return Visitor(received, home)

@@ -19,41 +19,18 @@ from memopt.kernels.losses.problem import Problem
 from memopt.kernels.losses.settings import ROW_UNIT, even_chunks, whole_units
 
 
-class HeldRows:
-    """Walk through ``chunks``, ``add`` the softmax gradient of each, then ``read`` it back slice by slice.
+class Held:
+    """``add`` the softmax gradient of M rows in order, then ``read`` it back slice by slice of ``entries``.
 
-    Of the M rows the first ``again`` are not kept, the next ``inside`` (at most H) are kept in ``gradient``, the last
-    ``behind`` in the scratch, whose rest has room for a slice of ``entries``. A slice is (M, entries); where ignored
-    rows are ``spread`` in between and too many to copy the others together, there is a second one of all N rows.
+    The first ``again`` rows are not kept, the next ``inside`` (at most H) are in ``gradient``, the last ``behind`` stay
+    where they are.
     """
 
-    def __init__(self, problem: Problem, row_bytes: int, keep: bool = True) -> None:
-        """``row_bytes`` is what a row takes of a chunk; without ``keep`` every row is made again."""
-        p, M = problem, problem.rows
-        V, H = p.weight.shape
-        item, budget = p.hidden.element_size(), p.settings.chunk_bytes
-        self.gradient = huge_pages.empty(V, H, dtype=p.weight.dtype, device=p.weight.device)
-        self.rows, self._row_bytes, self._budget = M, row_bytes, budget
+    def __init__(self, weight: Tensor, rows: int, again: int, behind: int, entries: int) -> None:
+        self.gradient = huge_pages.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
+        self.rows, self.again, self.inside, self.behind = rows, again, rows - again - behind, behind
+        self.entries = entries
         self._last: Tensor | None = None
-        self.spread = p.index is not None and 4 * M * H * item > budget
-        aside = 0 if p.index is None else budget // 16 if self.spread else M * H * item
-        per_entry = item * (M + p.hidden.shape[0] if self.spread else M)
-        per_entry += M * p.scale.element_size() if p.soft is not None else 0
-        wanted = max(budget // 8, ROW_UNIT * per_entry) if keep else budget
-        entries = min(p.shard.largest, whole_units(min(wanted, budget - aside) // max(1, per_entry)))
-        self.entries = min(entries, V)
-        self.fits = entries >= min(ROW_UNIT, p.shard.largest)
-        keep = keep and self.fits
-        left = max(0, budget - aside - entries * per_entry)
-        self.behind = min(M, whole_units(left // row_bytes)) if keep else 0
-        self.inside = min(H, M - self.behind) if keep else 0
-        self.again = M - self.inside - self.behind
-
-    def chunks(self) -> Iterator[slice]:
-        """The rows in order; the last chunk is what stays in the scratch."""
-        yield from even_chunks(self.again + self.inside, self._row_bytes, self._budget)
-        if self.behind:
-            yield slice(self.rows - self.behind, self.rows)
 
     def add(self, d: Tensor, rows: slice) -> None:
         """Keeps (rows, V) softmax gradients. Those of the last chunk are not copied: they must stay where they are."""
@@ -84,3 +61,36 @@ class HeldRows:
         yield self._flat[: whole * H].view(-1, H, self.entries), 0, whole
         if whole < V:
             yield self._flat[whole * H :].view(1, H, V - whole), whole, V
+
+
+class HeldRows(Held):
+    """:class:`Held` for a vocabulary loss: walk through ``chunks``, ``add`` each, ``read`` slices.
+
+    As many rows are ``behind`` as the scratch takes beside a slice of ``entries``. A slice is (M, entries); where
+    ignored rows are ``spread`` in between and too many to copy the others together, there is one of all N rows too.
+    """
+
+    def __init__(self, problem: Problem, row_bytes: int, keep: bool = True) -> None:
+        """``row_bytes`` is what a row takes of a chunk; without ``keep`` every row is made again."""
+        p, M = problem, problem.rows
+        V, H = p.weight.shape
+        item, budget = p.hidden.element_size(), p.settings.chunk_bytes
+        self._row_bytes, self._budget = row_bytes, budget
+        self.spread = p.index is not None and 4 * M * H * item > budget
+        aside = 0 if p.index is None else budget // 16 if self.spread else M * H * item
+        per_entry = item * (M + p.hidden.shape[0] if self.spread else M)
+        per_entry += M * p.scale.element_size() if p.soft is not None else 0
+        wanted = max(budget // 8, ROW_UNIT * per_entry) if keep else budget
+        entries = min(p.shard.largest, whole_units(min(wanted, budget - aside) // max(1, per_entry)))
+        self.fits = entries >= min(ROW_UNIT, p.shard.largest)
+        keep = keep and self.fits
+        left = max(0, budget - aside - entries * per_entry)
+        behind = min(M, whole_units(left // row_bytes)) if keep else 0
+        again = max(0, M - behind - H) if keep else M
+        super().__init__(p.weight, M, again, behind, min(entries, V))
+
+    def chunks(self) -> Iterator[slice]:
+        """The rows in order; the last chunk is what stays in the scratch."""
+        yield from even_chunks(self.again + self.inside, self._row_bytes, self._budget)
+        if self.behind:
+            yield slice(self.rows - self.behind, self.rows)

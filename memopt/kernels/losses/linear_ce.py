@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.losses.checks import autocast_dtype, autocast_off, check_inputs, refuse_second_derivatives
+from memopt.kernels.losses.checks import (
+    autocast_dtype,
+    autocast_off,
+    check_group,
+    check_inputs,
+    refuse_second_derivatives,
+)
 from memopt.kernels.losses.compiled import linear_cross_entropy_forward
 from memopt.kernels.losses.forward_backward import backward, forward
 from memopt.kernels.losses.problem import prepare
@@ -104,6 +110,7 @@ def linear_cross_entropy(
     bytes, one kernel for all options, one rounding of the weight's gradient without memory for a wider sum.
     """
     scale = check_inputs(hidden, weight, target, bias, class_weight, logit_scale)
+    check_group(process_group)
     if shift and target.dim() - target.is_floating_point() == 0:
         raise ValueError("shift needs a sequence dimension, got a single position")
     if process_group is not None and target.is_floating_point():
@@ -113,7 +120,7 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
-        softcap=softcap or 0.0,
+        softcap=0.0 if softcap is None else softcap,
         z_loss=z_loss,
         shift=shift,
         length=positions[-1] if positions else 1,

@@ -107,9 +107,9 @@ def prepare(
     count = sequences * kept
     soft = hard = index = positions = share = None
     if target.is_floating_point():
-        soft = target.view(sequences, length, V)[:, shift:].reshape(count, V)
+        soft = target.reshape(sequences, length, V)[:, shift:].reshape(count, V)
     else:
-        hard = target.view(sequences, length)[:, shift:].reshape(count)
+        hard = target.reshape(sequences, length)[:, shift:].reshape(count)
         positions = _counted(hard, settings.ignore_index)
         if positions is not None:
             hard = hard.index_select(0, positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -53,6 +54,12 @@ class Settings:
     group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
+        for name in ("ignore_index", "shift", "chunk_bytes"):
+            check_number(name, getattr(self, name), whole=True)
+        for name in ("label_smoothing", "softcap", "z_loss", "gradient_filter"):
+            check_number(name, getattr(self, name))
+        if not isinstance(self.want_stats, bool):
+            raise TypeError(f"return_stats must be True or False, got {self.want_stats!r}")
         for name, value, choices in (
             ("reduction", self.reduction, REDUCTIONS),
             ("mode", self.mode, MODES),
@@ -87,6 +94,13 @@ class Settings:
     def recomputes(self) -> bool:
         """Whether backward may have to make logits again, so that it needs the inputs."""
         return not self.early or self.mode == "recompute" or self.want_stats
+
+
+def check_number(name: str, value: object, *, whole: bool = False) -> None:
+    """TypeError unless ``value`` is a number, or a whole one; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        expected = "a whole number" if whole else "a number"
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
 
 
 def rows_per_chunk(rows: int, bytes_per_row: int, chunk_bytes: int) -> int:

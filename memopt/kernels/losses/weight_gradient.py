@@ -1,4 +1,4 @@
-"""Sums the weight's gradient over row chunks, in the weight's own dtype or in float32."""
+"""Sums the weight's gradient over row chunks: in the weight's own dtype, in float32, or all at once at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.losses import huge_pages
-from memopt.kernels.losses.settings import Settings
+from memopt.kernels.losses.held_rows import Held
+from memopt.kernels.losses.settings import ROW_UNIT, Settings, whole_units
 
 _SLICE_BYTES = 8 * 2**20  # of float32 copies of a chunk's gradient, where the product itself cannot widen
 
@@ -55,3 +56,33 @@ class WeightGradient:
         if self._empty:
             self._sum.zero_()
         return self._sum.to(self._dtype)
+
+
+class HeldGradient:
+    """The same interface for up to H rows beside the last chunk: they wait in the gradient's own memory.
+
+    Each element is rounded once. No memory beyond the gradient, the last chunk and ``slice_bytes``.
+    """
+
+    def __init__(self, weight: Tensor, hidden: Tensor, last: int, slice_bytes: int) -> None:
+        """``hidden`` (M, H) are all rows; ``last`` is how many of them the last chunk has."""
+        M, V = hidden.shape[0], weight.shape[0]
+        entries = min(V, whole_units(max(ROW_UNIT, slice_bytes // (M * hidden.element_size()))))
+        self._held = Held(weight, M, 0, last, entries)
+        self._hidden = hidden
+        self._done = 0
+
+    def add(self, d: Tensor, h: Tensor) -> None:
+        rows = slice(self._done, self._done + d.shape[0])
+        self._held.add(d, rows)
+        self._done = rows.stop
+
+    def finish(self) -> Tensor:
+        gradient, entries, M = self._held.gradient, self._held.entries, self._hidden.shape[0]
+        space = torch.empty(M * entries, dtype=gradient.dtype, device=gradient.device)
+        for low in range(0, gradient.shape[0], entries):
+            high = min(low + entries, gradient.shape[0])
+            d = space[: M * (high - low)].view(M, -1)
+            self._held.read(d, low, high)
+            torch.mm(d.t(), self._hidden, out=gradient[low:high])
+        return gradient
