@@ -198,6 +198,7 @@ def test_a_kill_between_any_two_renames_leaves_complete_checkpoints(
             checkpoints._saving = None
         else:
             saving.wait()
+    checkpoints._lock.release()  # as the system does
     after = Checkpoints(tmp_path)
     assert after.steps() == ([1, 2] if renames < 3 else [2])
     assert after.load(model, optimizer).extra == ("old" if renames < 2 else "new")

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from memopt.integrations.checkpoints.writer import CheckpointWriter
 from memopt.optim import sharding
 
 VERSION = 1
+PATIENCE_SECONDS = 1.0  # a run that only reads holds the folder while it clears leftovers away
 
 
 @dataclass
@@ -82,13 +83,14 @@ class Checkpoints:
     over a gloo group of their own.
 
     Args:
-        folder: made if missing; one run at a time may write to it.
+        folder: made if missing; one run at a time may write to it, others may load from it meanwhile.
         keep: how many complete checkpoints to leave, the newest.
         overlap: copy the weights and states of a CPU run in a thread too, while the next forward and backward run; the
             optimizer's next step waits for it. Only for loops that change weights nowhere but in ``optimizer.step``.
 
     Raises:
         ValueError: ``keep`` is less than 1.
+        OSError: the folder cannot be made or read; every rank says so.
 
     Memory: one copy of what is saved, in host memory, from the first save to ``close``.
     """
@@ -103,13 +105,41 @@ class Checkpoints:
         self._rank = dist.get_rank() if self._group is not None else 0
         self._copies = HostCopies()
         self._saving: Saving | None = None
-        if self._rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            folders.sweep(self.folder)
-        if self._group is not None:
-            dist.barrier(self._group)
-        else:  # one process is what is meant
+        self._lock = folders.WriteLock()
+        self._on_first_rank(self._open)
+        if self._group is None:  # one process is what is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        """Do something with the folder; what goes wrong is raised on every rank, so that none waits for another."""
+        error: list[OSError | None] = [None]
+        if self._rank == 0:
+            try:
+                work()
+            except OSError as raised:
+                error[0] = raised
+        if self._group is not None:
+            dist.broadcast_object_list(error, src=0, group=self._group)
+        if error[0] is not None:
+            raise error[0]
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock.take(self.folder):  # else a run is writing, and what it has begun is no leftover
+            folders.sweep(self.folder)
+            self._lock.release()
+
+    def _claim(self, path: Path) -> None:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not (taken := self._lock.take(self.folder)) and time.monotonic() < until:
+            time.sleep(0.05)
+        if not taken:
+            raise BlockingIOError(
+                f"another run is saving checkpoints to {self.folder}: give this one a folder of its own, or close() "
+                "the other Checkpoints"
+            )
+        if path.exists() and not folders.is_own(path):
+            raise FileExistsError(f"{path} is there and is no checkpoint: move it away, or choose another folder")
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, in ascending order."""
@@ -136,6 +166,8 @@ class Checkpoints:
             blocking: wait until the checkpoint is complete.
 
         Raises:
+            BlockingIOError: another run is writing to the folder.
+            FileExistsError: something that is no checkpoint has the name that this one would have.
             RuntimeError: the save before this one failed.
             TypeError: ``extra`` or the state dicts hold something that could not be loaded without running code.
             ValueError: a step below 0; or ``overlap`` with an optimizer that updates inside backward.
@@ -148,6 +180,7 @@ class Checkpoints:
                 "overlap=True, but the optimizer updates inside backward (release_gradients): leave it off"
             )
         self.wait()
+        self._on_first_rank(lambda: self._claim(folders.path_of(self.folder, step)))
         weights, model_rest = take_apart(restoring.unwrapped(model).state_dict())
         tied = restoring.tied_names(restoring.unwrapped(model))
         states, optimizer_rest = take_apart(optimizer.state_dict() if optimizer is not None else None)
@@ -256,6 +289,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._copies.close()
+            self._lock.release()
 
     def __enter__(self) -> Checkpoints:
         return self
