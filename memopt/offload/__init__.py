@@ -27,8 +27,9 @@ Swap, inputs of the block
     Autograd's hold on them, and that of the replays, ends when the block's forward has returned: copied out then, back
     at the first unpack or the block's first replay, and held until neither needs them. Other holders are not asked.
 Swap, tier ``host`` on CUDA
-    The copy out runs on its own stream; the storage is held until it has finished, at most ``in_flight_bytes`` of them,
-    beyond which compute waits. At an unpack the storages swapped before it are fetched ahead, ``prefetch_bytes`` at
+    The copy out runs on its own stream; the storage is held until the forward of the next planned block has ended,
+    where compute waits for the copy if need be, or earlier where more than ``in_flight_bytes`` are on their way. At an
+    unpack the storages swapped before it are fetched ahead, ``prefetch_bytes`` at
     most: that is the most that is held earlier than needed.
 Recompute
     Dropped at pack; dies when forward drops it. While any recomputed storage of a call is pending, the call holds all
@@ -57,6 +58,10 @@ The first step
     Is recorded while the plan is already in force, so its peak is that of later steps; beside bookkeeping, it holds
     copies of buffers and inputs that the block overwrites, until the block returns. The first call of each further kind
     (other shapes, another mode) keeps everything it saves, once.
+Under autocast
+    A block that is called once a step runs without autocast's cache of weights, which would hold the casts of weights
+    that the block drops until autocast ends. Blocks called several times share their casts, as without a plan; these
+    are then held until autocast ends, whatever the plan says.
 ``no_grad``, evaluation
     Nothing happens at all.
 """
