@@ -45,16 +45,38 @@ def _verdict(plan: Plan) -> Text:
     budget = "no limit" if plan.budget_bytes is None else format_bytes(plan.budget_bytes)
     line = Text()
     line.append("FITS" if fits else "DOES NOT FIT", style="bold green" if fits else "bold red")
-    line.append(f"  {plan.model} on {plan.hardware}: peak {format_bytes(plan.peak_bytes)} of {budget}")
+    peak = format_bytes(plan.peak_bytes)
+    if not fits and peak == budget:
+        peak = f"a little over {peak}"
+    line.append(f"  {plan.model} on {plan.hardware}: peak {peak} of {budget}")
     if plan.baseline_peak_bytes != plan.peak_bytes:
         line.append(f", {format_bytes(plan.baseline_peak_bytes)} without a plan")
     if not fits and plan.smallest_budget_bytes is not None:
-        line.append(f"\nThe smallest budget that fits is {format_bytes(plan.smallest_budget_bytes)}.", style="bold")
+        line.append(f"\nThe smallest budget that fits is {enough(plan.smallest_budget_bytes)}.", style="bold")
     return line
 
 
-def _peak(plan: Plan) -> Table:
-    table = Table(title=f"Bytes at the peak ({plan.peak_at})", title_justify="left")
+def enough(size: int) -> str:
+    """A size that one can type as a budget: rounded up, by at most a thousandth."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        count = -(-size // unit)
+        if count * unit <= 1.001 * size:
+            return f"{count}{name}"
+    return f"{size}B"
+
+
+def _heading(text: str) -> Text:
+    """Above a table, not its title, which would be broken at the table's width."""
+    return Text(text, style="bold")
+
+
+def _words(name: str) -> str:
+    """``logits_and_loss`` and ``aten._softmax.default`` as one reads them."""
+    return name.removeprefix("aten.").split(".")[0].strip("_").replace("_", " ")
+
+
+def _peak(plan: Plan) -> Group:
+    table = Table()
     table.add_column("category")
     table.add_column("size", justify="right")
     table.add_column("share of the budget" if plan.budget_bytes else "share of the peak")
@@ -63,22 +85,26 @@ def _peak(plan: Plan) -> Table:
         if not size:
             continue
         cells = round(BAR_CELLS * size / whole)
-        table.add_row(category, format_bytes(size), f"{'█' * min(cells, BAR_CELLS)} {size / whole:.1%}")
-    return table
+        table.add_row(_words(category), format_bytes(size), f"{'█' * min(cells, BAR_CELLS)} {size / whole:.1%}")
+    if whole > plan.peak_bytes:
+        free = whole - plan.peak_bytes
+        table.add_row("free", format_bytes(free), f"{'░' * round(BAR_CELLS * free / whole)} {free / whole:.1%}")
+    return Group(_heading(f"Bytes at the peak, in {_words(plan.peak_at)}"), table)
 
 
-def _seconds(plan: Plan) -> Table:
-    table = Table(title=f"Seconds per step, modelled: {format_seconds(plan.step_seconds)}", title_justify="left")
+def _seconds(plan: Plan) -> Text:
     parts = {
         "compute": plan.compute_seconds,
         "recompute": plan.recompute_seconds,
         "stall": plan.stall_seconds,
         "compress": plan.compression_seconds,
     }
-    for name in parts:
-        table.add_column(name, justify="right")
-    table.add_row(*(format_seconds(value) for value in parts.values()))
-    return table
+    spent = ", ".join(f"{name} {format_seconds(value)}" for name, value in parts.items() if value)
+    line = _heading(f"Seconds per step, modelled: {format_seconds(plan.step_seconds)}")
+    extra = sum(parts.values()) - plan.compute_seconds
+    if extra:
+        line.append(f"  {spent}: the plan costs {extra / sum(parts.values()):.1%} of the step", style="not bold")
+    return line
 
 
 def _moved(block: BlockPlan) -> Counter[Action]:
@@ -102,7 +128,8 @@ def _blocks(plan: Plan) -> list[RenderableType]:
     whole = sum(moved, Counter())
     used = [action for action in Action if whole[action]]
     totals = ", ".join(f"{action.value} {format_bytes(whole[action])}" for action in used)
-    table = Table(title=f"What happens to the activations: {totals or 'nothing is saved'}", title_justify="left")
+    heading = _heading(f"What happens to the activations: {totals or 'nothing is saved'}")
+    table = Table()
     table.add_column("blocks")
     for action in used:
         table.add_column(f"{action.value}, each", justify="right")
@@ -115,11 +142,12 @@ def _blocks(plan: Plan) -> list[RenderableType]:
         first, last = plan.blocks[numbers[0]].path, plan.blocks[numbers[-1]].path
         name = first if len(numbers) == 1 else f"{first} to {last} ({len(numbers)})"
         table.add_row(name, *(_range([moved[n][action] for n in numbers]) for action in used))
-    return ["", table]
+    return ["", heading, table]
 
 
 def _advice(plan: Plan, cure: Combination | None) -> Text:
-    text = Text(f"What binds: {plan.binding}\n")
+    binding = plan.binding.split(" (")[0].replace(plan.peak_at, _words(plan.peak_at))  # the sizes stand in the table
+    text = Text(f"What binds: {binding}\n")
     if plan.swap_tier != "none" and plan.swapped_bytes:
         text.append(f"Swapped per step: {format_bytes(plan.swapped_bytes)} to {plan.swap_tier}\n")
     if plan.status != "infeasible":
@@ -162,9 +190,9 @@ def placement_page(placement: Placement, buffers: int, capacity: int | None) -> 
     return Group(line, table, Text(placement.reason))
 
 
-def fit_page(found: Fit) -> Table:
+def fit_page(found: Fit) -> Group:
     """What ``memopt plan --fit`` found: no other choice beats these in peak and seconds; the chosen one is bold."""
-    table = Table(title="Peak against seconds per step: what no other choice beats in both", title_justify="left")
+    table = Table()
     for heading in ("changes", "peak", "seconds per step", "fits"):
         table.add_column(heading, justify="left" if heading == "changes" else "right")
     for one in found.pareto:
@@ -176,17 +204,17 @@ def fit_page(found: Fit) -> Table:
             "yes" if one.fits else "no",
             style="bold" if one == found.best else None,
         )
-    return table
+    return Group(_heading("Peak against seconds per step: what no other choice beats in both"), table)
 
 
-def pipeline_page(stages: int, microbatches: int) -> Table:
+def pipeline_page(stages: int, microbatches: int) -> Group:
     """What every pipeline schedule holds at its fullest rank, and its bubble.
 
     Args:
         stages: devices in the pipeline.
         microbatches: in one step.
     """
-    table = Table(title=f"Pipeline of {stages} stages, {microbatches} microbatches", title_justify="left")
+    table = Table()
     for heading in ("schedule", "peak (activations of a microbatch)", "bubble"):
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
     for row in schedule_table(stages, microbatches):
@@ -194,4 +222,4 @@ def pipeline_page(stages: int, microbatches: int) -> Table:
         if row.published is not None:
             published = f" (published: {row.published[0]:.3g}, {row.published[1]:.1%})"
         table.add_row(row.name, f"{max(row.peak_by_rank):.3g}", f"{row.bubble:.1%}{published}")
-    return table
+    return Group(_heading(f"Pipeline of {stages} stages, {microbatches} microbatches"), table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -140,3 +141,27 @@ def test_a_failing_trace_prints_nothing(capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(TraceError):
         trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4)), torch.ones(2, 4))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_scripted_module_is_refused_before_anything_is_touched() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(nn.Linear(4, 4), torch.zeros(2, 4), check_trace=False)
+    with pytest.raises(TypeError, match="ScriptModule"):
+        trace(scripted, (torch.zeros(2, 4),))
+
+
+class Branching(nn.Module):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__()
+        self.linear, self.reads = nn.Linear(4, 4), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y * 2 if self.reads and y.sum() > 3 else y
+
+
+def test_the_line_at_which_a_value_was_guessed_is_named() -> None:
+    line = Branching.forward.__code__.co_firstlineno + 2
+    assert trace(Branching(), (torch.zeros(2, 4),)).meta["guessed_at"] == f"test_trace_errors.py:{line}"
+    assert "guessed_at" not in trace(Branching(reads=False), (torch.zeros(2, 4),)).meta

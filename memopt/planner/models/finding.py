@@ -22,6 +22,7 @@ from memopt.planner.naming import unknown, users_line
 from memopt.planner.strict_json import read_json
 
 _FOLDER = "models"
+_MOST = 2**40  # sequences, or tokens in one
 _DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -77,8 +78,9 @@ def find_model(
     text = os.fspath(name)
     if dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; choose bf16, fp16 or fp32")
-    if batch < 1 or (tokens is not None and tokens < 1):
-        raise ModelError(f"batch and seq must be at least 1, not {batch} and {tokens}")
+    for what, size in (("batch", batch), ("seq", tokens)):
+        if size is not None and not 1 <= size <= _MOST:
+            raise ModelError(f"{what} must be from 1 to {_MOST}, not {size}")
     if text.lower() in preset_names():
         with _on_meta(_DTYPES[dtype]):
             return _from_preset(text.lower(), batch, tokens)

@@ -106,6 +106,10 @@ class Step:
 def _check(model: Any, inputs: Any, accumulate: int, device: str | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model is a torch.jit.ScriptModule, which cannot run on fake tensors: trace what it was made of"
+        )
     if not isinstance(inputs, (tuple, list, Mapping, Tensor)):
         raise TypeError(f"inputs must be a tuple, a dict or a tensor, not {type(inputs).__name__}")
     lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
