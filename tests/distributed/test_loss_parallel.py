@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from memopt.kernels.losses import contrastive_loss, dense_linear_cross_entropy, linear_cross_entropy
 from tests.distributed.ranks import run_ranks
@@ -89,6 +91,9 @@ def refused(rank: int) -> str:
     t = vocabulary_inputs(torch.float32, soft=False)
     with pytest.raises(ValueError, match="outside the vocabulary of 23 entries"):
         linear_cross_entropy(t["hidden"], t["weight"][own], t["target"].abs() + 5, process_group=dist.group.WORLD)
+    weight = distribute_tensor(t["weight"], init_device_mesh("cpu", (2,)), [Shard(0)])
+    with pytest.raises(ValueError, match=r"weight is a DTensor; pass weight.full_tensor\(\)"):
+        linear_cross_entropy(t["hidden"], weight, t["target"])
     return str(caught.value)
 
 
