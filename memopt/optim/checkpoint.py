@@ -43,6 +43,8 @@ def export(optimizer: RuleOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
 
 def load(optimizer: RuleOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Check everything, then replace the optimizer's groups and states."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be what an optimizer's returned")
     incoming: dict[str, Any] = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = hook(optimizer, incoming)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,34 @@ import torch
 Group = Mapping[str, Any]
 
 _LARGEST = sys.float_info.max
+
+
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ordered(params: Any) -> list[Any]:
+    """``params`` as a list.
+
+    Raises:
+        TypeError: it is no collection, or one without an order.
+    """
+    if isinstance(params, torch.Tensor):
+        return [params]
+    if isinstance(params, set) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params is a {type(params).__name__}; it must be an iterable of parameters, of (name, parameter) pairs or "
+            "of groups, whose order does not change between runs"
+        )
+    return list(params)
+
+
+def dtype(param: torch.Tensor, name: str, optimizer: str) -> None:
+    """The parameter is of a type that the kernels take."""
+    if param.dtype not in _KERNEL_TYPES:
+        advice = " (view a complex one with torch.view_as_real)" if param.is_complex() else ""
+        raise ValueError(
+            f"{name} is of {param.dtype}; {optimizer} takes real floating-point parameters of 32 or 16 bits{advice}"
+        )
 
 
 def number(value: Any, name: str, accepts: Callable[[float], bool], wanted: str) -> float:
@@ -76,7 +104,7 @@ def whole(group: Group, *names: str, minimum: int = 0) -> None:
 
 def one_of(group: Group, name: str, choices: tuple[Any, ...]) -> None:
     """The named option is one of ``choices``."""
-    if group[name] not in choices:
+    if not any(isinstance(group[name], type(c)) and group[name] == c for c in choices):
         listed = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{name} is {group[name]!r}; it must be one of {listed}")
 

@@ -134,8 +134,7 @@ def _gather(optimizer: RuleOptimizer) -> dict[tuple[Any, ...], Batch]:
             if grad is None or not optimizer.coverage.covers(number, param):
                 continue
             slot = optimizer.slot(number, group, param, optimizer.state[param])
-            if "step" not in slot.stored:
-                optimizer.initialise(slot, group)
+            optimizer.complete(slot, group)
             if slot.param is not param:
                 slot.param, grad = sharding.gather(param), sharding.gather(grad)
             step = slot.stored["step"] + 1

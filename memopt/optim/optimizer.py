@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from memopt.kernels import State
 from memopt.optim import checkpoint, checks, kahan, scaling, sharding
@@ -72,7 +73,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         defaults["state"] = get_format(state).name
         self._gathering = Gathering()
         self._uncertain = Uncertain()
-        super().__init__(params, defaults)
+        super().__init__(checks.ordered(params) if not isinstance(params, Tensor) else params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -82,7 +83,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._uncertain.settle()
-        return super().__getstate__()
+        own: dict[str, Any] = {name: self.__dict__[name] for name in ("numbering", "coverage") if name in self.__dict__}
+        return {**super().__getstate__(), **own}
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` or ``TypeError`` where one of the rule's own options in ``group`` is wrong."""
@@ -105,27 +107,28 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own options; the constructor's fill the gaps. A wrong option adds nothing."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group is {param_group!r}; it must be a dict with 'params'")
         unknown = set(param_group) - set(self.defaults) - {"params", "param_names", "initial_lr", *checkpoint.HEADER}
         if unknown:
             raise ValueError(
                 f"{type(self).__name__} has no option {', '.join(sorted(map(repr, unknown)))} for a parameter group; "
                 f"the options are {', '.join(self.defaults)}"
             )
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        params = checks.ordered(param_group["params"])
         tensors = [param[1] if isinstance(param, tuple) else param for param in params]
         merged = {**self.defaults, **param_group, "params": tensors}
         self._check_options(merged)
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and not tensor.is_floating_point():
-                raise ValueError(
-                    f"{type(self).__name__} got a parameter of {tensor.dtype}; it takes real floating-point parameters"
-                    + (" (view a complex one with torch.view_as_real)" if tensor.is_complex() else "")
-                )
+        for number, tensor in enumerate(tensors):
+            if isinstance(tensor, Tensor):
+                checks.dtype(tensor, f"params[{number}]", type(self).__name__)
+        if len(set(map(id, tensors))) < len(tensors):
+            raise ValueError("params holds a parameter twice; list each once")
         header = checkpoint.header(self.rule)
         state = get_format(merged["state"]).name
         super().add_param_group({**param_group, "params": params, "state": state, **header})
 
+    @_disable_dynamo  # a compiled training step runs it between its graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step on every parameter that has a gradient.
@@ -229,9 +232,26 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What states start from where that is not 0."""
         return {}
 
-    def initialise(self, slot: Slot, group: Mapping[str, Any]) -> None:
-        """Allocate the states of a parameter that has none."""
-        values = self.initial_values(group)
+    def complete(self, slot: Slot, group: Mapping[str, Any]) -> None:
+        """Allocate the states that a parameter lacks: all of a new one, or what an option asks for since.
+
+        Raises:
+            ValueError: its type is none that the kernels take, or its states are kept in another format.
+        """
+        checks.dtype(slot.param, f"parameter {slot.number}", type(self).__name__)
+        values, stored = self.initial_values(group), slot.stored
+        lost = stored.get(kahan.COMPENSATION.name)
+        if lost is not None and (kahan.COMPENSATION not in slot.specs or lost.dtype != slot.param.dtype):
+            del stored[kahan.COMPENSATION.name]  # of the type that the parameter had
         for spec in slot.specs:
+            if all(key in stored for key in slot.kept(spec)[0].keys(spec)):
+                continue
+            others = [key for key in (spec.name, f"{spec.name}_codes") if key in stored]
+            if others:
+                raise ValueError(
+                    f"parameter {slot.number} of shape {tuple(slot.param.shape)} has {', '.join(others)}, which is not "
+                    f"how {group['state']!r} keeps {spec.name} for it: neither a group's state nor a parameter's shape "
+                    "may change; make a new optimizer, which takes the old one's states through memopt.optim.convert"
+                )
             slot.write(spec, values.get(spec.name, 0.0))
-        slot.stored["step"] = 0
+        stored.setdefault("step", 0)

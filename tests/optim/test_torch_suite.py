@@ -132,7 +132,7 @@ class TestBehaviours:
         assert largest_difference(params, before) == 0
 
     def test_nan_is_where_fp32_has_it(self, rule: str, state: str) -> None:
-        """One bad gradient element: the same parameters are finite after two steps as with fp32 states."""
+        """One bad gradient element: the same elements are finite after two steps as with fp32 states."""
         finite = []
         for kept in ("fp32", state):
             params = parameters([(70, 256), (33, 200)])
@@ -143,13 +143,7 @@ class TestBehaviours:
                     params[0].grad[3, 4] = torch.nan
                 optimizer.step()
             finite.append([p.isfinite() for p in params])
-        assert bool(finite[0][1].all()) == bool(finite[1][1].all())
-        if state == "fp32":
-            assert all(torch.equal(x, y) for x, y in zip(*finite, strict=True))
-        # In a low-bit format the bad element shares a scale with its block: the block is lost, and nothing else.
-        lost = ~finite[1][0] & finite[0][0]
-        assert int(lost.sum()) <= 255
-        assert int(lost.any(1).sum()) <= 1
+        assert all(torch.equal(x, y) for x, y in zip(*finite, strict=True))
 
     def test_grad_scaler_divides_in_the_pass_and_skips_what_overflows(self, rule: str, state: str) -> None:
         """The values of a run on plain gradients, bit for bit: scales are powers of two; gradients are left alone."""

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from memopt.optim import checks
 from memopt.optim.coverage.blocks import Block, find_blocks, given_blocks
 from memopt.optim.coverage.nested import Nested, Seat
 from memopt.optim.sharding import is_sharded, local_of
@@ -72,10 +74,13 @@ class BlockCoordinate(Nested):
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(switch_every, bool) or not isinstance(switch_every, int) or switch_every < 1:
-            raise ValueError(f"switch_every is {switch_every!r}; it must be a whole number of at least 1")
-        if order not in ORDERS:
-            raise ValueError(f"order is {order!r}; it must be one of {', '.join(map(repr, ORDERS))}")
+        given = {"switch_every": switch_every, "order": order, "start": start, "seed": seed, "master": master}
+        checks.whole(given, "switch_every", minimum=1)
+        checks.whole(given, "seed", *(["start"] if start is not None else []))
+        checks.one_of(given, "order", ORDERS)
+        checks.flag(given, "master")
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(f"process_group is {process_group!r}; it must be a torch.distributed.ProcessGroup or None")
         super().__init__(model, base, options)
         self.blocks = self._find(blocks)
         count = len(self.blocks)
@@ -91,6 +96,8 @@ class BlockCoordinate(Nested):
         self._scores = torch.zeros(0)
         self._homes: dict[Tensor, list[int]] = {}
         self._probes: list[tuple[Tensor, Any]] = []
+        self._recorders: list[Any] = []
+        self._latest: dict[Tensor, Tensor] = {}
         self._occupy(self._seats({}))
 
     @property
@@ -98,6 +105,7 @@ class BlockCoordinate(Nested):
         """The block that is trained now."""
         return self.blocks[self._active]
 
+    @_disable_dynamo  # a compiled training step runs it between its graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer on the active block; after ``switch_every`` of them, on to the next block.
@@ -139,6 +147,14 @@ class BlockCoordinate(Nested):
             raise ValueError("BlockCoordinate's blocks are fixed; make a new one over all parameters")
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        hooks: dict[str, Any] = {"_probes": [], "_recorders": [], "_latest": {}}  # of tensors that a copy does not have
+        return {**super().__getstate__(), **hooks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._probe()
+
     def _find(self, blocks: str | Sequence[object]) -> list[Block]:
         if isinstance(blocks, str):
             if blocks != "auto":
@@ -146,8 +162,6 @@ class BlockCoordinate(Nested):
             if self._module is None:
                 raise ValueError("blocks='auto' needs the module itself as model; pass it, or list the blocks")
             return find_blocks(self._module)
-        if not len(blocks):
-            raise ValueError("blocks is empty; list at least one block")
         return given_blocks(blocks, self._named)
 
     def _next(self) -> int:
@@ -249,18 +263,25 @@ class BlockCoordinate(Nested):
                 homes.setdefault(param, []).append(number)
         active = {seat.param for seat in self._occupied}
         for param, numbers in homes.items():
-            if param not in active:
+            if param in active:
+                self._recorders.append(cast(Any, param).register_post_accumulate_grad_hook(self._record))
+            else:
                 param.requires_grad_(True)
                 hook = cast(Any, param).register_post_accumulate_grad_hook(self._measurer(numbers))
                 self._probes.append((param, hook))
         self._homes = homes
+
+    def _record(self, param: Tensor) -> None:
+        """The active block's gradients are measured in backward too: a GradScaler divides them before the step."""
+        if param.grad is not None:
+            self._latest[param] = _squares(param.grad)
 
     def _measurer(self, numbers: list[int]) -> Callable[[Tensor], None]:
         scores = self._scores
 
         def measure(param: Tensor) -> None:
             if param.grad is not None:
-                scores[numbers] += local_of(param.grad).float().square().sum().double().cpu()
+                scores[numbers] += _squares(param.grad)
                 param.grad = None
 
         return measure
@@ -269,13 +290,21 @@ class BlockCoordinate(Nested):
         for param, hook in self._probes:
             hook.remove()
             param.requires_grad_(False)
-        self._probes = []
+        for hook in self._recorders:
+            hook.remove()
+        self._probes, self._recorders, self._latest = [], [], {}
 
     def _largest(self) -> int:
         """The block with the largest gradient norm; ranks add up what each has seen, so that all choose alike."""
         for seat in self._occupied:
             if seat.param.grad is not None:
-                self._scores[self._homes[seat.param]] += local_of(seat.param.grad).float().square().sum().double().cpu()
+                latest = self._latest.get(seat.param)
+                self._scores[self._homes[seat.param]] += _squares(seat.param.grad) if latest is None else latest
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._scores, group=self.process_group)
-        return int(self._scores.nan_to_num(nan=float("-inf")).argmax())
+        return int(self._scores.argmax())
+
+
+def _squares(grad: Tensor) -> Tensor:
+    """The sum of squares of the part held here; 0 where it is not finite, as after an overflow that is skipped."""
+    return local_of(grad).float().square().sum().double().cpu().nan_to_num(nan=0.0, posinf=0.0)

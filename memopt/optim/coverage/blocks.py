@@ -137,6 +137,10 @@ def given_blocks(blocks: Sequence[object], named: Mapping[str, Tensor]) -> list[
         ValueError: a name or parameter that is not to be trained, a block without any, or a parameter in no block.
         TypeError: an entry of another type.
     """
+    if not isinstance(blocks, Sequence):
+        raise TypeError(f"blocks is {blocks!r}; it must be 'auto' or a list with one entry per block")
+    if not len(blocks):
+        raise ValueError("blocks is empty; list at least one block")
     names = {id(p): name for name, p in named.items()}
     result = []
     for number, item in enumerate(blocks):

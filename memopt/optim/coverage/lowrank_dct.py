@@ -8,9 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from memopt import kernels
 from memopt.kernels import Update
+from memopt.optim import checks
 from memopt.optim.coverage import dct
 from memopt.optim.coverage.nested import Seat
 from memopt.optim.coverage.partial import Partial, require_elementwise, stand_in
@@ -74,19 +76,17 @@ class LowRankDCT(Partial):
         side: str = "auto",
         **options: Any,
     ) -> None:
-        for name, value in (("rank", rank), ("switch_every", switch_every)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ValueError(f"scale is {scale!r}; it must be a finite number")
-        if side not in SIDES:
-            raise ValueError(f"side is {side!r}; it must be one of {', '.join(map(repr, SIDES))}")
+        given = {"rank": rank, "switch_every": switch_every, "side": side}
+        checks.whole(given, "rank", "switch_every", minimum=1)
+        checks.number(scale, "scale", math.isfinite, "a finite number")
+        checks.one_of(given, "side", SIDES)
         super().__init__(model, base, options)
         require_elementwise(self._base_class, "LowRankDCT")
         self.rank, self.switch_every, self.scale, self.side = rank, switch_every, float(scale), side
         self._visit, self._since = 0, 0
         self._occupy(self._seats({}))
 
+    @_disable_dynamo  # a compiled training step runs it between its graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all parameters with gradients.

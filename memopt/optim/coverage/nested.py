@@ -8,7 +8,7 @@ one group per outer group; options are copied to it before every step.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -39,19 +39,26 @@ class Seat:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _ByName:
+    """Makes the optimizer of a name, looked up when called."""
+
+    name: str
+
+    def __call__(self, params: Any, **options: Any) -> torch.optim.Optimizer:
+        from memopt.optim.registry import make
+
+        return make(self.name, params, **options)
+
+
 def base_factory(base: Any) -> Callable[..., torch.optim.Optimizer]:
     """What makes an optimizer from parameters and options: the class itself, or a name looked up when called."""
     if isinstance(base, str):
-        name = base
-
-        def by_name(params: Any, **options: Any) -> torch.optim.Optimizer:
-            from memopt.optim.registry import make
-
-            return make(name, params, **options)
-
-        return by_name
-    if isinstance(base, torch.optim.Optimizer) or not callable(base):
-        raise TypeError(f"base is {base!r}; it must be an optimizer class such as memopt.optim.AdamW8bit, or its name")
+        return _ByName(base)
+    wrong = isinstance(base, type) and not issubclass(base, torch.optim.Optimizer)
+    if wrong or isinstance(base, torch.optim.Optimizer) or not callable(base):
+        found = f"an {type(base).__name__}, made already" if isinstance(base, torch.optim.Optimizer) else repr(base)
+        raise TypeError(f"base is {found}; it must be an optimizer class such as memopt.optim.AdamW8bit, or its name")
     return cast("Callable[..., torch.optim.Optimizer]", base)
 
 
@@ -62,9 +69,11 @@ def trainable(model: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor], nn.M
         if not named:
             raise ValueError("the model has no parameter that requires gradients; nothing can be trained")
         return [{"params": list(named.values())}], named, model
-    if isinstance(model, Tensor):
-        raise TypeError("model is one tensor; pass a module, a list of parameters, or parameter groups")
-    items = list(model)
+    items = [] if isinstance(model, Tensor | str) or not isinstance(model, Iterable) else list(model)
+    if not all(isinstance(item, Tensor | tuple | Mapping) for item in items) or (not items and model != []):
+        raise TypeError(
+            f"model is a {type(model).__name__}; it must be a module, a list of parameters, or parameter groups"
+        )
     groups = [dict(item) for item in items] if items and isinstance(items[0], Mapping) else [{"params": items}]
     named = {}
     for group in groups:
@@ -96,6 +105,10 @@ class Nested(torch.optim.Optimizer):
         self._base_options = dict(options)
         groups, self._named, self._module = trainable(model)
         probe = self._base([dict(group) for group in groups], **options)
+        if not isinstance(probe, torch.optim.Optimizer):
+            raise TypeError(f"base made a {type(probe).__name__}; it must make a torch.optim.Optimizer")
+        if isinstance(probe, torch.optim.LBFGS):
+            raise ValueError("base is LBFGS, which evaluates the loss itself; choose a rule that takes gradients")
         self._base_class = type(probe)
         super().__init__([dict(group) for group in probe.param_groups], dict(probe.defaults))
         self._occupied: list[Seat] = []
@@ -161,6 +174,8 @@ class Nested(torch.optim.Optimizer):
         Raises:
             ValueError: it is of another coverage, other blocks or another inner optimizer; nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be what an optimizer's returned")
         incoming: dict[str, Any] = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             incoming = before(self, incoming) or incoming
@@ -207,7 +222,11 @@ class Nested(torch.optim.Optimizer):
         """The groups of a state dict, and its states by position: it may name parameters instead of counting them."""
         if "state" not in incoming or "param_groups" not in incoming:
             raise ValueError(f"the state dict needs 'state' and 'param_groups'; it has {sorted(incoming)}")
-        groups = cast("list[dict[str, Any]]", incoming["param_groups"])
+        groups, states = cast("list[dict[str, Any]]", incoming["param_groups"]), incoming["state"]
+        if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+            raise ValueError("param_groups of the state dict is no list of groups with 'params'; nothing loaded")
+        if not isinstance(states, Mapping):
+            raise ValueError("state of the state dict is no mapping of parameters to their states; nothing loaded")
         sizes = [len(group["params"]) for group in self.param_groups]
         saved = [len(group["params"]) for group in groups]
         if sizes != saved:
@@ -215,7 +234,7 @@ class Nested(torch.optim.Optimizer):
                 f"the state dict has groups of {saved} parameters, this optimizer of {sizes}; nothing loaded"
             )
         keys = [key for group in groups for key in group["params"]]
-        return groups, {i: incoming["state"][key] for i, key in enumerate(keys) if key in incoming["state"]}
+        return groups, {i: states[key] for i, key in enumerate(keys) if key in states}
 
     def _occupy(self, seats: list[Seat], inner: torch.optim.Optimizer | None = None) -> None:
         """Make these the parameters that hold state."""

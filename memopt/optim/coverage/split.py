@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from memopt import kernels
 from memopt.kernels import Update
 from memopt.kernels.math import sign
+from memopt.optim import checks
 from memopt.optim.coverage.blocks import Block, find_blocks, given_blocks
 from memopt.optim.coverage.nested import Seat
 from memopt.optim.coverage.partial import Partial, require_elementwise, stand_in
@@ -85,16 +87,13 @@ class Split(Partial):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 <= density <= 1:
-            raise ValueError(f"density is {density!r}; it must be a number from 0 to 1")
-        if by not in PARTS:
-            raise ValueError(f"by is {by!r}; it must be one of {', '.join(map(repr, PARTS))}")
-        if rest not in RESTS:
-            raise ValueError(f"rest is {rest!r}; it must be one of {', '.join(map(repr, RESTS))}")
-        if not isinstance(rest_lr, (int, float)) or not 0 <= rest_lr < float("inf"):
-            raise ValueError(f"rest_lr is {rest_lr!r}; it must be a finite number of at least 0")
-        if isinstance(switch_every, bool) or not isinstance(switch_every, int) or switch_every < 1:
-            raise ValueError(f"switch_every is {switch_every!r}; it must be a whole number of at least 1")
+        given = {"by": by, "rest": rest, "rest_lr": rest_lr, "switch_every": switch_every, "seed": seed}
+        checks.number(density, "density", lambda v: 0 <= v <= 1, "a number from 0 to 1")
+        checks.one_of(given, "by", PARTS)
+        checks.one_of(given, "rest", tuple(RESTS))
+        checks.non_negative(given, "rest_lr")
+        checks.whole(given, "switch_every", minimum=1)
+        checks.whole(given, "seed")
         super().__init__(model, base, options)
         self.density, self.by, self.switch_every, self.seed = float(density), by, switch_every, seed
         self.rest, self.rest_lr = rest, float(rest_lr)
@@ -107,6 +106,7 @@ class Split(Partial):
             raise ValueError("by='random' does not work on sharded parameters; use 'columns' or 'blocks'")
         self._occupy(self._seats({}))
 
+    @_disable_dynamo  # a compiled training step runs it between its graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all parameters with gradients; after ``switch_every`` of them, another part is chosen.

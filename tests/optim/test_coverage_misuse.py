@@ -1,0 +1,149 @@
+"""Coverages: arguments of other kinds are named, state dicts of other kinds load nothing, copies and scalers work."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memopt.optim import AdamW8bit, BlockCoordinate, LowRankDCT, Split
+from tests.optim.coverage_models import assert_same, loss_of, tiny, train, values
+
+KINDS: list[tuple[Any, dict[str, Any]]] = [
+    (BlockCoordinate, {"switch_every": 2}),
+    (BlockCoordinate, {"switch_every": 2, "order": "greedy"}),
+    (Split, {"by": "columns", "switch_every": 2}),
+    (LowRankDCT, {"rank": 4, "switch_every": 2}),
+]
+EACH = pytest.mark.parametrize(("kind", "options"), KINDS, ids=str)
+
+
+@EACH
+def test_copies_and_pickles_go_on_bitwise(kind: Any, options: dict[str, Any]) -> None:
+    """In the middle of a visit, where a greedy one measures gradients."""
+    model = tiny()
+    optimizer = kind(model, "adamw8bit", lr=0.01, **options)
+    train(model, optimizer, range(3))
+    twins = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    train(model, optimizer, range(3, 7))
+    for other, twin in twins:
+        train(other, twin, range(3, 7))
+        assert_same(values(other), values(model))
+
+
+@EACH
+def test_a_scaled_run_is_the_plain_one(kind: Any, options: dict[str, Any]) -> None:
+    """A GradScaler divides the gradients of the block before the step; choices are made on those of backward."""
+    found = []
+    for enabled in (False, True):
+        model = tiny()
+        optimizer = kind(model, "adamw8bit", lr=0.01, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=enabled)
+        for step in range(6):
+            scaler.scale(loss_of(model, step)).backward()
+            if enabled and step == 3:  # an overflow: the step is skipped and tried again
+                next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = torch.inf
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                if options.get("order") == "greedy":
+                    break  # the batch that is tried again counts twice in its measure
+                scaler.scale(loss_of(model, step)).backward()
+            elif options.get("order") == "greedy" and step == 3:
+                break
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append(values(model))
+    assert_same(*found)
+
+
+@EACH
+def test_state_dicts_of_other_kinds_load_nothing(kind: Any, options: dict[str, Any]) -> None:
+    model = tiny()
+    optimizer = kind(model, "adamw8bit", lr=0.01, **options)
+    train(model, optimizer, range(3))
+    position, kept = optimizer.position, copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(kept)
+    others = [
+        (None, TypeError, "state_dict is a NoneType"),
+        ([1], TypeError, "state_dict is a list"),
+        ({}, ValueError, "needs 'state' and 'param_groups'"),
+        ({**saved, "param_groups": 3}, ValueError, "no list of groups with 'params'"),
+        ({**saved, "state": []}, ValueError, "no mapping of parameters"),
+        (AdamW8bit(tiny().parameters()).state_dict(), ValueError, "expected a position of"),
+    ]
+    for base, message in (("adamw4bit", "its format is '4bit'"), ("lion8bit", "it is of rule 'lion'")):
+        other = tiny()
+        made = kind(other, base, lr=0.01, **options)
+        train(other, made, range(3))
+        others.append((made.state_dict(), ValueError, message))
+    for wrong, error, message in others:
+        with pytest.raises(error, match=message):
+            optimizer.load_state_dict(wrong)
+        assert optimizer.position == position
+        for number, stored in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(kept["state"][number][k]))
+                       for k, v in stored.items())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        *((kind, {name: value}, f"^{name} is")
+          for kind, names in (
+              (BlockCoordinate, ("switch_every", "order", "start", "seed", "master", "process_group", "blocks")),
+              (Split, ("density", "by", "switch_every", "rest", "rest_lr", "seed", "blocks")),
+              (LowRankDCT, ("rank", "switch_every", "scale", "side")),
+          )
+          for name in names
+          for value in ("a", 1.5j, [[]], -1)
+          if (name, value) != ("scale", -1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_other_kinds_are_named(kind: Any, options: dict[str, Any], message: str) -> None:
+    wanted = "^block" if options.get("blocks") == [[]] else message
+    with pytest.raises((TypeError, ValueError), match=wanted):
+        kind(tiny(), "adamw8bit", **options)
+
+
+@pytest.mark.parametrize("kind", [BlockCoordinate, Split, LowRankDCT])
+def test_models_and_bases_of_other_kinds_are_named(kind: Any) -> None:
+    for model in (None, 5, "x", torch.zeros(3), [1, 2], tiny().state_dict()):
+        with pytest.raises(TypeError, match=r"^model is a"):
+            kind(model, "adamw8bit")
+    for empty in ([], nn.ReLU()):
+        with pytest.raises(ValueError, match="no parameter that requires gradients"):
+            kind(empty, "adamw8bit")
+    for base, error, message in (
+        (None, TypeError, "^base is None"),
+        (nn.Linear, TypeError, "^base is <class"),
+        (AdamW8bit(tiny().parameters()), TypeError, "^base is an AdamW8bit, made already"),
+        (lambda params, **options: 3, TypeError, "base made a int"),
+        (torch.optim.LBFGS, ValueError, "base is LBFGS"),
+        ("adamv", ValueError, "did you mean"),
+    ):
+        with pytest.raises(error, match=message):
+            kind(tiny(), base)
+
+
+@pytest.mark.parametrize("by", ["columns", "random"])
+def test_parts_keep_the_settings_of_their_groups(by: str) -> None:
+    model = tiny()
+    params = list(model.parameters())
+    frozen, free = params[:4], params[4:]
+    groups = [{"params": frozen, "lr": 0.0}, {"params": free, "weight_decay": 0.5, "betas": (0.5, 0.9)}]
+    optimizer = Split(groups, "adamw8bit", lr=0.01, by=by, density=0.3, switch_every=2, rest="sgd")
+    before = [p.detach().clone() for p in frozen]
+    train(model, optimizer, range(3))
+    assert optimizer.inner is not None
+    assert [(g["lr"], g["weight_decay"], g["betas"]) for g in optimizer.inner.param_groups] == [
+        (0.0, 0.01, (0.9, 0.999)),
+        (0.01, 0.5, (0.5, 0.9)),
+    ]
+    assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
