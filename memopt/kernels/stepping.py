@@ -109,6 +109,7 @@ def step_request(
         offsets: global index of each parameter's first element.
         roundings: for each state.
         param_rounding: of parameters below 32 bits.
+        guard: as for :func:`step`.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message says which.

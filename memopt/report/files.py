@@ -22,7 +22,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuses a file that cannot be written, before the work that would fill it.
+    """Refuses a ``path`` that cannot be written, before the work that would fill it.
 
     Raises:
         ValueError: it is a folder, or its own folder is missing or not writable.
