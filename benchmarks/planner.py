@@ -142,14 +142,16 @@ def main() -> None:
     console = Console(width=130)
     console.print(str(date.today()))
     for name in options.part or PARTS:
+        began = time.perf_counter()
         rows, note = PARTS[name](options.quick)
+        seconds = time.perf_counter() - began
         title = f"planner, {name}: {note}"
         table = Table(*rows[0], title=title)
         for row in rows:
             table.add_row(*(text(value) for value in row.values()))
         console.print(table)
         if options.save:
-            save(f"planner-{name}", title, rows, [f"python -m benchmarks.planner --part {name}"])
+            save(f"planner-{name}", title, rows, [f"python -m benchmarks.planner --part {name} ({seconds:.0f} s)"])
 
 
 if __name__ == "__main__":
