@@ -59,7 +59,8 @@ def test_everything_else_is_the_one_pass_step_on_the_decoded_moment() -> None:
     run(optimizer, [2])
     run(other, [2])
     for p, q in zip(ours, plain, strict=True):
-        assert torch.equal(p, q)
+        # Levels times scale and step size are rounded at other places than a decoded tensor: one spacing at most.
+        assert ((p - q).abs() <= 2.0**-23 * p.abs() + 2.0**-30).all()
 
 
 @pytest.mark.parametrize(
