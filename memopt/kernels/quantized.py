@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -76,6 +77,9 @@ def quantize_blockwise(
     codec = get_codec(codec)
     check_floating("x", x)
     check_rounding(rounding)
+    for name, value in (("seed", seed), ("step", step), ("number", number), ("offset", offset)):
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
     x = x.detach()
     if out is not None and (tuple(out.shape) != tuple(x.shape) or out.codec != codec or out.codes.device != x.device):
         raise ValueError(
@@ -104,6 +108,8 @@ def dequantize_blockwise(q: Quantized, *, dtype: torch.dtype = torch.float32, ou
         dtype: float32, bfloat16 or float16; of the result when there is no ``out``.
         out: a contiguous tensor of that shape to write into; fresh memory costs more than the arithmetic.
     """
+    if not isinstance(q, Quantized):
+        raise TypeError(f"q must be Quantized, as quantize_blockwise returns it, got {type(q).__name__}")
     if out is None and dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if out is not None:

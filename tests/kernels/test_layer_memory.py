@@ -236,6 +236,7 @@ def test_func_grad_and_second_derivatives() -> None:
         (lambda x: swiglu(x, x[:2]), ValueError, "gate and up must agree"),
         (lambda x: geglu(x, x, "erf"), ValueError, "approximate must be 'none' or 'tanh'"),
         (lambda x: packed_relu(x.int()), ValueError, "x must be floating point"),
+        (lambda x: seeded_dropout(x, "a"), TypeError, "p must be a number, got 'a'"),
         (lambda x: seeded_dropout(x, 1.5), ValueError, r"p must lie in \[0, 1\], got 1.5"),
         (lambda x: pack_mask(x), ValueError, "flags must be boolean"),
         (lambda x: pack_mask([True]), TypeError, "flags must be a tensor, got list"),

@@ -104,3 +104,14 @@ def test_a_codec_that_is_not_registered(monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_registered(Half())
     y = dequantize_blockwise(quantize_blockwise(x, Half()))
     torch.testing.assert_close(y, dequantize_blockwise(quantize_blockwise(x, "sq127")) / 2)
+
+
+def test_wrong_arguments_are_named() -> None:
+    x = torch.randn(4, 300)
+    with pytest.raises(TypeError, match="seed must be a whole number, got 'a'"):
+        quantize_blockwise(x, "sq127", rounding="stochastic", seed="a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="q must be Quantized, as quantize_blockwise returns it, got Tensor"):
+        dequantize_blockwise(x)  # type: ignore[arg-type]
+    for block in (0, "a", True):
+        with pytest.raises(ValueError, match="block must be a positive whole number"):
+            get_codec("nf4").with_block(block)  # type: ignore[arg-type]

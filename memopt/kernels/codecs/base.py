@@ -59,7 +59,9 @@ class Codec(abc.ABC):
         return self.unit if rounding == "nearest" else self.unit * (1 - 2.0**-20)
 
     def with_block(self, block: int) -> Codec:
-        """The same codec with another block size."""
+        """The same codec with another block size, a positive number of elements."""
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"block must be a positive whole number, got {block!r}")
         return self if block == self.block else replace(self, block=block)
 
     def blocks(self, shape: torch.Size | tuple[int, ...]) -> Blocks:

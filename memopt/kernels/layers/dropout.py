@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def seeded_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: int |
     Cost: 8 bytes are kept, where torch keeps a byte per element; the draw is made twice.
     """
     check_float("x", x)
+    if not isinstance(p, Real):
+        raise TypeError(f"p must be a number, got {p!r} of type {type(p).__name__}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p must lie in [0, 1], got {p}")
     if not training or p == 0.0:
