@@ -184,7 +184,7 @@ def test_unknown_names_list_the_choices() -> None:
         find_model("gpt5")
     with pytest.raises(ModelError, match="unknown dtype"):
         find_model("gpt2", dtype="int3")
-    with pytest.raises(ModelError, match="at least 1"):
+    with pytest.raises(ModelError, match="batch must be from 1 to"):
         find_model("gpt2", batch=0)
     with pytest.raises(ModelError, match="learned positions"):
         find_model("gpt2", tokens=5000)
