@@ -39,7 +39,7 @@ def seeded_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: int |
     if not training or p == 0.0:
         return x
     drawn = torch.randint(2**62, (), device="cpu") if seed is None else torch.tensor(seed, device="cpu")
-    y: Tensor = _Dropout.apply(x, p, drawn)  # type: ignore[no-untyped-call]
+    y: Tensor = _Dropout.apply(x, p, drawn)
     return y
 
 
