@@ -17,7 +17,8 @@ from memopt.kernels.layers import (
     unpack_mask,
 )
 from memopt.kernels.losses import LossStats, chunked_loss, contrastive_loss, linear_cross_entropy
-from memopt.kernels.quantized import Quantized, dequantize_blockwise, quantize_blockwise
+from memopt.kernels.quantized import Quantized
+from memopt.kernels.quantizing import dequantize_blockwise, quantize_blockwise
 from memopt.kernels.stepping import prepare, step, step_request
 from memopt.kernels.update import State, Update
 
