@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.layers.pieces import check_float, implementation
+from memopt.kernels.layers.choosing import implementation
+from memopt.kernels.layers.pieces import check_float
 
 
 def seeded_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: int | None = None) -> Tensor:

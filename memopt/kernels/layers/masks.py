@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.layers.pieces import implementation
+from memopt.kernels.layers.choosing import implementation
 
 
 def pack_mask(flags: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.kernels.layers.choosing import implementation
 from memopt.kernels.layers.norms_torch import Kept
-from memopt.kernels.layers.pieces import check_float, implementation, opmath, refuse_recorded_backward
+from memopt.kernels.layers.pieces import check_float, opmath, refuse_recorded_backward
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, keep: str = "input") -> Tensor:

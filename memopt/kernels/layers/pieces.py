@@ -1,16 +1,11 @@
-"""What the layers share: pieces of rows, the dtype of arithmetic, the choice of an implementation, checks."""
+"""What the layers share: pieces of rows, the dtype of arithmetic, checks."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
-
-from memopt.kernels.backend import choose_backend
-from memopt.kernels.quantized import FLOATS
 
 PIECE_BYTES = 4 * 2**20
 
@@ -25,17 +20,6 @@ def pieces(rows: int, width: int) -> Iterator[slice]:
 def opmath(tensor: Tensor) -> torch.dtype:
     """float32, or float64 for float64: the dtype of a layer's arithmetic."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def implementation(x: Tensor, layer: str) -> ModuleType:
-    """The module that carries ``layer`` out for tensors like ``x``; all of them have the same functions."""
-    chosen = choose_backend(x.device) if x.dtype in FLOATS or not x.is_floating_point() else "torch"
-    if chosen == "native":
-        from memopt.kernels.layers import native
-
-        if layer in native.LAYERS and native.library() is not None:
-            return native
-    return importlib.import_module(f"memopt.kernels.layers.{layer}_{'triton' if chosen == 'triton' else 'torch'}")
 
 
 def refuse_recorded_backward(what: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.kernels.layers.choosing import implementation
 from memopt.kernels.layers.masks import Masked
-from memopt.kernels.layers.pieces import check_float, implementation
+from memopt.kernels.layers.pieces import check_float
 
 
 def packed_relu(x: Tensor) -> Tensor:

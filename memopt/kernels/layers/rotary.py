@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.layers.pieces import check_float, implementation, refuse_recorded_backward
+from memopt.kernels.layers.choosing import implementation
+from memopt.kernels.layers.pieces import check_float, refuse_recorded_backward
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
