@@ -14,7 +14,7 @@ import memopt
 
 PACKAGE = Path(memopt.__file__).parent
 ROOMS = ("kernels", "optim", "planner", "offload")
-GROUND = {"deprecation", "native_build", "version"}  # leaves, which every room may stand on
+GROUND = {"deprecation", "files", "native_build", "version"}  # leaves, which every room may stand on
 ALLOWED = {
     "kernels": GROUND | {"kernels"},
     "optim": GROUND | {"optim", "kernels"},

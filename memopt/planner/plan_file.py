@@ -6,9 +6,9 @@ import json
 import os
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
+from memopt.files import write_whole
 from memopt.planner.strict_json import from_json, read_json, to_json
 from memopt.planner.values import BlockPlan, Status, Trace
 from memopt.version import __version__
@@ -99,15 +99,9 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON with a digest of what it says; the file appears whole or not at all."""
-        target = Path(path)
         content = to_json(self)
         content["digest"] = _digest(content)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False), encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(content, separators=(",", ":"), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], trace: Trace | None = None) -> Plan:

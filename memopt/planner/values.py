@@ -18,6 +18,8 @@ class Action(str, Enum):
     RECOMPUTE = "recompute"
     COMPRESS = "compress"
 
+    __str__ = str.__str__
+
 
 class Category(str, Enum):
     """What a storage is for, as the meter, the trace and the reports count it."""
@@ -29,6 +31,8 @@ class Category(str, Enum):
     LOGITS = "logits_and_loss"
     TEMPORARIES = "temporaries"
 
+    __str__ = str.__str__
+
 
 class Phase(str, Enum):
     """The part of a training step in which an operation runs."""
@@ -38,6 +42,8 @@ class Phase(str, Enum):
     BACKWARD = "backward"
     OPTIMIZER = "optimizer"
 
+    __str__ = str.__str__
+
 
 class Status(str, Enum):
     """How a solver's answer stands: proven best, found but not proven, or nothing fits."""
@@ -45,6 +51,8 @@ class Status(str, Enum):
     OPTIMAL = "optimal"
     FEASIBLE = "feasible"
     INFEASIBLE = "infeasible"
+
+    __str__ = str.__str__
 
 
 @dataclass(frozen=True)

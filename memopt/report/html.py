@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memopt.files import write_whole
 from memopt.planner import Category
 from memopt.report.boxes import Box
-from memopt.report.files import write_whole
 from memopt.report.series import RunLike, as_series
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -85,7 +85,7 @@ def write_html(
     parts = {"@TITLE@": html.escape(title), "@PLOTLY@": _plotly(), "@DATA@": _script_json(data)}
     template = _TEMPLATE.read_text(encoding="utf-8")
     page = re.sub("|".join(parts), lambda match: parts[match.group()], template)
-    write_whole(path, page.encode("utf-8"))
+    write_whole(path, page)
 
 
 def _ordered(categories: Iterable[str]) -> list[str]:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from memopt.files import write_whole
 from memopt.report.boxes import Box
-from memopt.report.files import write_whole
 from memopt.report.series import RunLike, Series, as_series
 
 _MICROSECONDS = 1e6
@@ -40,7 +40,7 @@ def write_perfetto(
         events += _process(process, name)
         events += _map(process, boxes)
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"), allow_nan=False)
-    write_whole(path, text.encode("utf-8"))
+    write_whole(path, text)
 
 
 def _process(process: int, name: str) -> Iterator[dict[str, Any]]:

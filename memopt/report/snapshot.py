@@ -13,8 +13,8 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
+from memopt.files import write_whole
 from memopt.report.boxes import Box
-from memopt.report.files import write_whole
 
 _BASE = 1 << 40  # where the arena begins; an address of 0 would read as none
 _PROTOCOL = 4

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from memopt.files import write_whole
 from memopt.planner.naming import unknown
 from memopt.planner.strict_json import read_json
 
@@ -104,8 +105,8 @@ class Hardware:
         return max(flops / self.sustained_flops(dtype), moved_bytes / self.sustained_memory)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the description as JSON, for ``hardware(path)`` and ``--hardware path``."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Writes the description as JSON, whole or not at all, for ``hardware(path)`` and ``--hardware path``."""
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def hardware(name: str | os.PathLike[str] | Hardware = "auto") -> Hardware:

@@ -10,10 +10,10 @@ import csv
 import io
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from memopt.files import write_whole
 from memopt.planner.placement.problem import Buffer
 
 _NUMBERS = ("lower", "upper", "size")
@@ -96,14 +96,6 @@ def write_csv(path: str | os.PathLike[str], buffers: Sequence[Buffer], offsets: 
     for i, (buffer, offset) in enumerate(zip(buffers, offsets, strict=True)):
         writer.writerow([buffer.name or i, buffer.start, buffer.stop, buffer.size, offset])
     try:
-        descriptor, scratch = tempfile.mkstemp(dir=where.parent, prefix=f".{where.name}-")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-                file.write(out.getvalue())
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, where)
-        except OSError:
-            os.unlink(scratch)
-            raise
+        write_whole(where, out.getvalue())
     except OSError as error:
         raise CsvError(f"{where}: cannot be written ({error.strerror or error})") from None

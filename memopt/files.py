@@ -1,4 +1,4 @@
-"""Writing a report so that it appears whole or not at all."""
+"""Writing a file so that it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes beside the target and renames; a failure leaves an earlier file as it was.
+def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Writes beside the target (text as UTF-8) and renames; a failure leaves an earlier file as it was.
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full.
+        OSError: the folder is missing or not writable, or the disk is full; it names ``path``.
     """
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         partial.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
     finally:
         partial.unlink(missing_ok=True)
 
