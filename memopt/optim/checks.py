@@ -94,12 +94,14 @@ def flag(group: Group, *names: str) -> None:
             raise TypeError(f"{name} is {group[name]!r}; it must be True or False")
 
 
-def whole(group: Group, *names: str, minimum: int = 0) -> None:
-    """Each named option is an int of at least ``minimum``."""
+def whole(group: Group, *names: str, minimum: int = 0, maximum: int | None = None) -> None:
+    """Each named option is an int of at least ``minimum`` and, where one is given, at most ``maximum``."""
     for name in names:
         value = group[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+        high = isinstance(value, int) and maximum is not None and value > maximum
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum or high:
+            span = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise ValueError(f"{name} is {value!r}; it must be a whole number {span}")
 
 
 def one_of(group: Group, name: str, choices: tuple[Any, ...]) -> None:

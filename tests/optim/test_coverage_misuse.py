@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from typing import Any
 
@@ -17,8 +18,10 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     (BlockCoordinate, {"switch_every": 2}),
     (BlockCoordinate, {"switch_every": 2, "order": "greedy"}),
     (Split, {"by": "columns", "switch_every": 2}),
+    (Split, {"by": "blocks", "switch_every": 2}),
     (LowRankDCT, {"rank": 4, "switch_every": 2}),
 ]
+_WRONG = {"sizes": "it has blocks of", "by": "it was split by", "rank": "it is of rank"}
 EACH = pytest.mark.parametrize(("kind", "options"), KINDS, ids=str)
 
 
@@ -89,6 +92,48 @@ def test_state_dicts_of_other_kinds_load_nothing(kind: Any, options: dict[str, A
         for number, stored in optimizer.state_dict()["state"].items():
             assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(kept["state"][number][k]))
                        for k, v in stored.items())  # fmt: skip
+
+
+@EACH
+def test_positions_that_do_not_fit_change_nothing(kind: Any, options: dict[str, Any]) -> None:
+    """Every key missing, and values of another kind or out of range: the optimizer goes on as its twin does."""
+    model = tiny()
+    optimizer = kind(model, "adamw8bit", lr=0.01, **options)
+    train(model, optimizer, range(3))
+    twin, plain = copy.deepcopy((model, optimizer))
+    position, saved = json.loads(optimizer.position), copy.deepcopy(optimizer.state_dict())
+    wrong = [({k: v for k, v in position.items() if k != key}, f"lacks {key}") for key in position if key != "of"]
+    for key in position.keys() - {"of"}:
+        least = -0.5 if key == "density" else -1
+        above = {10**30} if key in ("visit", "since", "block", "start", "place", "density") else set()
+        wrong += [({**position, key: v}, _WRONG.get(key, f"{key} is")) for v in (None, "a", 1.5, least, *above)]
+    for changed, message in wrong:
+        for group in saved["param_groups"]:
+            group["coverage"] = json.dumps(changed)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+        with pytest.raises(ValueError, match=message):
+            optimizer.seek(json.dumps(changed))
+        assert json.loads(optimizer.position) == position
+    train(model, optimizer, range(3, 6))
+    train(twin, plain, range(3, 6))
+    assert_same(values(model), values(twin))
+
+
+def test_a_refused_state_dict_leaves_the_chosen_columns() -> None:
+    """One of another visit, whose states are of another format: found after its columns were drawn."""
+    model = tiny()
+    optimizer = Split(model, "adamw8bit", lr=0.01, by="columns", switch_every=2)
+    train(model, optimizer, range(3))
+    twin, plain = copy.deepcopy((model, optimizer))
+    other = tiny()
+    later = Split(other, "adamw4bit", lr=0.01, by="columns", switch_every=2)
+    train(other, later, range(5))
+    with pytest.raises(ValueError, match="its format is '4bit'"):
+        optimizer.load_state_dict(later.state_dict())
+    train(model, optimizer, range(3, 6))
+    train(twin, plain, range(3, 6))
+    assert_same(values(model), values(twin))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from memopt.optim import checks
-from memopt.optim.coverage.blocks import Block, find_blocks, given_blocks
+from memopt.optim.coverage.blocks import Block, check_sizes, find_blocks, given_blocks
 from memopt.optim.coverage.nested import Nested, Seat
 from memopt.optim.sharding import is_sharded, local_of
 
@@ -75,9 +75,7 @@ class BlockCoordinate(Nested):
         **options: Any,
     ) -> None:
         given = {"switch_every": switch_every, "order": order, "start": start, "seed": seed, "master": master}
-        checks.whole(given, "switch_every", minimum=1)
-        checks.whole(given, "seed", *(["start"] if start is not None else []))
-        checks.one_of(given, "order", ORDERS)
+        _check_options(given)
         checks.flag(given, "master")
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(f"process_group is {process_group!r}; it must be a torch.distributed.ProcessGroup or None")
@@ -86,8 +84,7 @@ class BlockCoordinate(Nested):
         count = len(self.blocks)
         if start is None:
             start = count - 1 if order in ("descending", "greedy") else 0
-        if not 0 <= start < count:
-            raise ValueError(f"start is {start}; there are {count} blocks, so it must be from 0 to {count - 1}")
+        checks.whole({"start": start}, "start", maximum=count - 1)
         self.switch_every, self.order, self.start, self.seed = switch_every, order, start, seed
         self.master, self.process_group = master, process_group
         self._visit, self._since = 0, 0
@@ -201,12 +198,12 @@ class BlockCoordinate(Nested):
             "seed": self.seed,
         }
 
+    def _check_position(self, position: Mapping[str, Any]) -> None:
+        check_sizes(position, self.blocks)
+        checks.whole(position, "block", "start", maximum=len(self.blocks) - 1)
+        _check_options(position)
+
     def _set_position(self, position: Mapping[str, Any]) -> None:
-        sizes = [block.numel for block in self.blocks]
-        if position["sizes"] != sizes:
-            raise ValueError(
-                f"it has blocks of {position['sizes']} elements, this optimizer of {sizes}; nothing loaded"
-            )
         self._visit, self._since, self._active = position["visit"], position["since"], position["block"]
         self.order, self.start = position["order"], position["start"]
         self.switch_every, self.seed = position["switch_every"], position["seed"]
@@ -303,6 +300,12 @@ class BlockCoordinate(Nested):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._scores, group=self.process_group)
         return int(self._scores.argmax())
+
+
+def _check_options(given: Mapping[str, Any]) -> None:
+    checks.whole(given, "switch_every", minimum=1)
+    checks.whole(given, "seed")
+    checks.one_of(given, "order", ORDERS)
 
 
 def _squares(grad: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,6 +36,17 @@ class Block:
     def numel(self) -> int:
         """Elements over all parameters (of the whole tensors, where they are sharded)."""
         return sum(p.numel() for p in self.params)
+
+
+def check_sizes(position: Mapping[str, Any], blocks: Sequence[Block]) -> None:
+    """Refuse a coverage's position that was taken with other blocks.
+
+    Raises:
+        ValueError: ``position["sizes"]`` is not the blocks' numbers of elements.
+    """
+    sizes = [block.numel for block in blocks]
+    if position["sizes"] != sizes:
+        raise ValueError(f"it has blocks of {position['sizes']} elements, this optimizer of {sizes}")
 
 
 def _has_trainable(module: nn.Module) -> bool:

@@ -112,9 +112,12 @@ class LowRankDCT(Partial):
     def _get_position(self) -> dict[str, Any]:
         return {"visit": self._visit, "since": self._since, "rank": self.rank, "switch_every": self.switch_every}
 
-    def _set_position(self, position: Mapping[str, Any]) -> None:
+    def _check_position(self, position: Mapping[str, Any]) -> None:
         if position["rank"] != self.rank:
-            raise ValueError(f"it is of rank {position['rank']}, this optimizer of rank {self.rank}; nothing loaded")
+            raise ValueError(f"it is of rank {position['rank']}, this optimizer of rank {self.rank}")
+        checks.whole(position, "switch_every", minimum=1)
+
+    def _set_position(self, position: Mapping[str, Any]) -> None:
         self._visit, self._since = position["visit"], position["since"]
         self.switch_every = position["switch_every"]
 

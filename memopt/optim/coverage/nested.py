@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from memopt.optim import checks
 from memopt.optim.sharding import local_of
 
 _NOT_OPTIONS = ("params", "param_names", "coverage")
@@ -89,7 +90,7 @@ def trainable(model: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor], nn.M
 
 class Nested(torch.optim.Optimizer):
     """What the coverages that wrap another optimizer share. A coverage gives ``_get_position``,
-    ``_set_position`` and ``_seats``.
+    ``_check_position``, ``_set_position`` and ``_seats``.
 
     Args:
         model: a module, or parameters or parameter groups as torch's optimizers take them. Parameters that do not
@@ -118,8 +119,12 @@ class Nested(torch.optim.Optimizer):
         """The position in the coverage's cycle, as plain values."""
         raise NotImplementedError
 
+    def _check_position(self, position: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` or ``TypeError`` where a position with every key has values that do not fit."""
+        raise NotImplementedError
+
     def _set_position(self, position: Mapping[str, Any]) -> None:
-        """Take on a position; nothing else changes. Raises ``ValueError`` where it does not fit."""
+        """Take on a position that was checked; nothing else changes."""
         raise NotImplementedError
 
     def _seats(self, extras: Mapping[int, Mapping[str, Any]]) -> list[Seat]:
@@ -180,8 +185,8 @@ class Nested(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             incoming = before(self, incoming) or incoming
         groups, states = self._read(incoming)
-        old = self._get_position()
         wanted = self._parse(groups[0].get("coverage"))
+        old = dict(self.__dict__)  # positions and seats replace attributes and change none in place
         try:
             self._set_position(wanted)
             seats = self._seats(states)
@@ -189,7 +194,7 @@ class Nested(torch.optim.Optimizer):
             if inner is not None:
                 self._fill(inner, seats, groups, states, wanted["started"])
         except Exception:
-            self._set_position(old)
+            self.__dict__.update(old)
             raise
         for own, saved in zip(self.param_groups, groups, strict=True):
             own.update(_options(saved))
@@ -216,6 +221,15 @@ class Nested(torch.optim.Optimizer):
             raise ValueError(f"expected a position of {name} and found {text!r}; was this saved by {name}?")
         if position.get("of") != name:
             raise ValueError(f"this is a position of {position.get('of')!r}, this optimizer is {name}: {text}")
+        missing = [key for key in ("started", *self._get_position()) if key not in position]
+        if missing:
+            raise ValueError(f"the position lacks {', '.join(missing)}, nothing loaded: {text}")
+        try:
+            checks.flag(position, "started")
+            checks.whole(position, "visit", "since", maximum=2**63 - 1)
+            self._check_position(position)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the position does not fit this {name}, nothing loaded: {error}") from error
         return position
 
     def _read(self, incoming: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:

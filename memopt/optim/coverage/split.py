@@ -15,7 +15,7 @@ from memopt import kernels
 from memopt.kernels import Update
 from memopt.kernels.math import sign
 from memopt.optim import checks
-from memopt.optim.coverage.blocks import Block, find_blocks, given_blocks
+from memopt.optim.coverage.blocks import Block, check_sizes, find_blocks, given_blocks
 from memopt.optim.coverage.nested import Seat
 from memopt.optim.coverage.partial import Partial, require_elementwise, stand_in
 from memopt.optim.sharding import is_sharded, local_of, offset_of
@@ -87,13 +87,12 @@ class Split(Partial):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        given = {"by": by, "rest": rest, "rest_lr": rest_lr, "switch_every": switch_every, "seed": seed}
-        checks.number(density, "density", lambda v: 0 <= v <= 1, "a number from 0 to 1")
+        given: dict[str, Any] = {"density": density, "by": by, "switch_every": switch_every, "seed": seed}
+        given |= {"rest": rest, "rest_lr": rest_lr}
+        _check_options(given)
         checks.one_of(given, "by", PARTS)
         checks.one_of(given, "rest", tuple(RESTS))
         checks.non_negative(given, "rest_lr")
-        checks.whole(given, "switch_every", minimum=1)
-        checks.whole(given, "seed")
         super().__init__(model, base, options)
         self.density, self.by, self.switch_every, self.seed = float(density), by, switch_every, seed
         self.rest, self.rest_lr = rest, float(rest_lr)
@@ -249,16 +248,22 @@ class Split(Partial):
             "seed": self.seed,
         }
 
-    def _set_position(self, position: Mapping[str, Any]) -> None:
+    def _check_position(self, position: Mapping[str, Any]) -> None:
         if position["by"] != self.by:
-            raise ValueError(f"it was split by {position['by']}, this optimizer splits by {self.by}; nothing loaded")
-        sizes = [block.numel for block in self.blocks]
-        if position["sizes"] != sizes:
-            raise ValueError(
-                f"it has blocks of {position['sizes']} elements, this optimizer of {sizes}; nothing loaded"
-            )
+            raise ValueError(f"it was split by {position['by']}, this optimizer splits by {self.by}")
+        check_sizes(position, self.blocks)
+        checks.whole(position, "place", maximum=max(len(self.blocks) - 1, 0))
+        _check_options(position)
+
+    def _set_position(self, position: Mapping[str, Any]) -> None:
         self._visit, self._since, self._place = position["visit"], position["since"], position["place"]
         self.density, self.switch_every, self.seed = position["density"], position["switch_every"], position["seed"]
+
+
+def _check_options(given: Mapping[str, Any]) -> None:
+    checks.number(given["density"], "density", lambda v: 0 <= v <= 1, "a number from 0 to 1")
+    checks.whole(given, "switch_every", minimum=1)
+    checks.whole(given, "seed")
 
 
 def _rows(seat: Seat, tensor: Tensor) -> Tensor:
