@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memopt.integrations import lazy_rules  # noqa: F401 - registers what lazy logits can do without their values
 from memopt.integrations.lazy_logits import lazy_logits
 from memopt.integrations.lora_head import is_lora, lora_product
 from memopt.kernels.losses.checks import DTYPES, autocast_dtype

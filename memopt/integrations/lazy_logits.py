@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from memopt.integrations.lazy_calls import ANSWERED, RULES, STORAGE
 from memopt.kernels import linear_cross_entropy
 from memopt.kernels.losses.checks import autocast_off
 from memopt.kernels.losses.problem import values_unknown
@@ -176,8 +177,6 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from memopt.integrations.lazy_rules import ANSWERED, RULES, STORAGE
-
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             lazy = args[0] if args and isinstance(args[0], LazyLogits) else None

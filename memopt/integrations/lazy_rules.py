@@ -2,12 +2,12 @@
 
 A rule gets the function that was called, the lazy logits, their terms and the call's other arguments. It returns what
 the call returns, or NotImplemented to have the values computed. The next rule is one function under ``rule``.
+Importing this file registers them: whoever makes lazy logits does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,43 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memopt.integrations.lazy_calls import rule
 from memopt.integrations.lazy_logits import LazyLogits, Terms
-
-RULES: dict[Any, Callable[..., Any]] = {}
-STORAGE = frozenset({Tensor.untyped_storage})
-
-
-def _getters(*names: str) -> set[Any]:
-    return {getattr(Tensor, name).__get__ for name in names if hasattr(Tensor, name)}
-
-
-def _methods(*names: str) -> set[Any]:
-    return {getattr(owner, name) for owner in (Tensor, torch) for name in names if hasattr(owner, name)}
-
-
-ANSWERED: frozenset[Any] = frozenset(
-    _getters(
-        "shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "is_cuda", "is_cpu", "is_xpu",
-        "is_mps", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_nested",
-        "requires_grad", "grad_fn", "grad", "is_leaf", "retains_grad", "output_nr", "_backward_hooks", "_base",
-    )
-    | _methods(
-        "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "get_device",
-        "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_inference", "is_same_size", "__len__",
-        "register_hook", "retain_grad", "_is_view",
-    )
-)  # fmt: skip
-
-
-def rule(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a rule for calls of these functions."""
-
-    def register(handle: Callable[..., Any]) -> Callable[..., Any]:
-        RULES.update(dict.fromkeys(funcs, handle))
-        return handle
-
-    return register
-
 
 # -- dtype, copies ----------------------------------------------------------------------------------------------------
 
