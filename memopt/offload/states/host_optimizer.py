@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memopt.offload.states.loading import load_all
 from memopt.offload.states.mapped import MappedStates, state_bytes
 
 
@@ -60,7 +61,7 @@ class HostOptimizer:
             if hasattr(optimizer, "numbering"):
                 optimizer.numbering = {host: number}  # what it draws must be what it draws for all of them
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memopt-host-step")
-        self._pending: dict[int, Future[None]] = {}
+        self._pending: dict[int, Future[Exception | None]] = {}
         self._hooks = []
         if overlap:
             for number, parameter in enumerate(self._params):
@@ -97,29 +98,56 @@ class HostOptimizer:
             arrived.record()
         self._pending[number] = self._worker.submit(self._step_one, number, host_gradient, arrived)
 
-    def _step_one(self, number: int, gradient: Tensor, arrived: Any) -> None:
+    def _step_one(self, number: int, gradient: Tensor, arrived: Any) -> Exception | None:
+        """Step one parameter. Raises what kept it from that; returns what, after it, kept its states from the disk."""
         if arrived is not None:
             arrived.synchronize()
         host = self._hosts[number]
         host.grad = gradient
         self._optimizers[number].step()
-        if self._mapped is not None:
-            self._mapped.take(self._optimizers[number])
         if host is not self._params[number]:
             host.grad = None
+        if self._mapped is not None:
+            try:
+                self._mapped.take(self._optimizers[number])
+            except Exception as error:
+                return error
+        return None
 
     def step(self) -> None:
-        """Wait until every parameter that has a gradient has been stepped and its new value is back."""
+        """Wait until every parameter that has a gradient has been stepped and its new value is back.
+
+        After an error, those that were stepped have their new values and no gradient any more: calling ``step`` again
+        steps the others only.
+
+        Raises:
+            SwapError: the disk is full or fails; the states stay in memory until the next step.
+            Exception: the first error of an optimizer's step.
+        """
         for number, parameter in enumerate(self._params):
             if parameter.grad is not None and number not in self._pending:
                 self._begin(number)
-        pending, self._pending = self._pending, {}
-        for number, future in sorted(pending.items()):
-            future.result()
-            parameter, host = self._params[number], self._hosts[number]
-            if host is not parameter:
-                with torch.no_grad():
-                    parameter.copy_(host, non_blocking=True)
+        stepped: list[nn.Parameter] = []
+        errors: list[BaseException] = []
+        for number, future in sorted(self._pending.items()):
+            error = future.exception()
+            if error is None:
+                error = future.result()
+                stepped.append(self._params[number])
+                self._copy_back(number)
+            if error is not None:
+                errors.append(error)
+        self._pending.clear()
+        if errors:
+            for parameter in stepped:
+                parameter.grad = None
+            raise errors[0]
+
+    def _copy_back(self, number: int) -> None:
+        parameter, host = self._params[number], self._hosts[number]
+        if host is not parameter:
+            with torch.no_grad():
+                parameter.copy_(host, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
@@ -134,14 +162,9 @@ class HostOptimizer:
         """Put back what ``state_dict`` gave.
 
         Raises:
-            ValueError: it is for another number of parameters.
+            ValueError: it is for other parameters or another kind of optimizer; nothing is loaded.
         """
-        if len(state["optimizers"]) != len(self._optimizers):
-            raise ValueError(
-                f"state is for {len(state['optimizers'])} parameters, this optimizer has {len(self._optimizers)}"
-            )
-        for optimizer, one in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(one)
+        load_all(self._optimizers, state, "optimizers", "parameters", lambda own, part: own.load_state_dict(part))
 
     def state_bytes(self) -> int:
         """Bytes of the optimizers' states, wherever they lie."""

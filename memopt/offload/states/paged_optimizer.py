@@ -9,13 +9,15 @@ slow, ``HostOptimizer`` moves gradients and parameters instead.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from memopt.offload.states.loading import load_all
 from memopt.offload.template import Layout
 from memopt.offload.tiers import Slot, open_tier
 
@@ -76,16 +78,24 @@ class PagedOptimizer:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
-        """One step of every parameter that has a gradient."""
-        for number, optimizer in enumerate(self._optimizers):
-            if number == 0:
-                self._prefetch(0)
-            self._prefetch(number + 1)
-            self._bring_back(optimizer)
-            try:
-                optimizer.step()
-            finally:
-                self._send_away(optimizer)
+        """One step of every parameter that has a gradient.
+
+        After an error, the buckets that were stepped have no gradients any more: calling ``step`` again steps the
+        others only.
+        """
+        stepped = []
+        try:
+            for number, optimizer in enumerate(self._optimizers):
+                if number == 0:
+                    self._prefetch(0)
+                self._prefetch(number + 1)
+                with self._here(optimizer):
+                    optimizer.step()
+                    stepped.append(optimizer)
+        except BaseException:
+            for optimizer in stepped:
+                optimizer.zero_grad()
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
@@ -96,25 +106,30 @@ class PagedOptimizer:
         """Every bucket's optimizer state, in host memory; brought back one bucket at a time."""
         found = []
         for optimizer in self._optimizers:
-            self._bring_back(optimizer)
-            found.append(pytree.tree_map_only(Tensor, _on_host, optimizer.state_dict()))
-            self._send_away(optimizer)
+            with self._here(optimizer):
+                found.append(pytree.tree_map_only(Tensor, _on_host, optimizer.state_dict()))
         return {"buckets": found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what ``state_dict`` gave.
 
         Raises:
-            ValueError: it is for another number of buckets.
+            ValueError: it is for other buckets or another kind of optimizer; nothing is loaded.
         """
-        if len(state["buckets"]) != len(self._optimizers):
-            raise ValueError(
-                f"state is for {len(state['buckets'])} buckets, this optimizer has {len(self._optimizers)}: build it "
-                "from the same parameters with the same bucket_bytes"
-            )
-        for optimizer, one in zip(self._optimizers, state["buckets"], strict=True):
+
+        def load(optimizer: Optimizer, part: Any) -> None:
+            optimizer.load_state_dict(part)  # the old states are not looked at: they stay away
+            self._send_away(optimizer)
+
+        load_all(self._optimizers, state, "buckets", "buckets", load)
+
+    @contextmanager
+    def _here(self, optimizer: Optimizer) -> Iterator[None]:
+        """A bucket's states are on the device meanwhile, and away again afterwards, whatever happens."""
+        try:
             self._bring_back(optimizer)
-            optimizer.load_state_dict(one)
+            yield
+        finally:
             self._send_away(optimizer)
 
     def _prefetch(self, number: int) -> None:
