@@ -120,6 +120,30 @@ def test_positions_that_do_not_fit_change_nothing(kind: Any, options: dict[str, 
     assert_same(values(model), values(twin))
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "values_", "message"),
+    [
+        (LowRankDCT, "columns", [0, 1, 2, 72], "are not 4 different ones of"),
+        (LowRankDCT, "columns", [0, 1, 2, -1], "are not 4 different ones of"),
+        (LowRankDCT, "columns", [0, 1, 2, 2], "are not 4 different ones of"),
+        (LowRankDCT, "columns", [0, 1], "are not 4 different ones of"),
+        (BlockCoordinate, "master", 0.5, r"master copy of parameter \d+ is of shape \(\), the parameter of"),
+    ],
+)
+def test_what_a_coverage_keeps_is_checked(kind: Any, key: str, values_: Any, message: str) -> None:
+    model = tiny(torch.bfloat16)
+    optimizer = kind(model, "adamw8bit", lr=0.01, **({"rank": 4} if kind is LowRankDCT else {}))
+    train(model, optimizer, range(2))
+    saved, kept = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    for stored in saved["state"].values():
+        if key in stored:
+            stored[key] = torch.tensor(values_)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    for found, wanted in zip(*(s["state"].values() for s in (optimizer.state_dict(), kept)), strict=True):
+        assert_same(found, wanted)
+
+
 def test_a_refused_state_dict_leaves_the_chosen_columns() -> None:
     """One of another visit, whose states are of another format: found after its columns were drawn."""
     model = tiny()

@@ -229,6 +229,11 @@ class BlockCoordinate(Nested):
             return Seat(index, group, param, param)
         copy = torch.nn.Parameter(param.detach().float())
         if saved:
+            if saved["master"].shape != copy.shape:
+                raise ValueError(
+                    f"the master copy of parameter {index} is of shape {tuple(saved['master'].shape)}, the parameter "
+                    f"of {tuple(copy.shape)}; nothing loaded"
+                )
             copy.detach().copy_(saved["master"])
         return Seat(index, group, param, copy, {"master": copy.detach()})
 

@@ -145,6 +145,16 @@ class LowRankDCT(Partial):
         else:
             part = stand_in(param, (rows, self.rank), (local.shape[0], self.rank), torch.float32)
         chosen = saved.get("columns", torch.arange(self.rank, dtype=torch.int32))
+        size = rows if along_rows else columns
+        if (
+            len(chosen.unique()) != self.rank
+            or chosen.shape != (self.rank,)
+            or chosen.min() < 0
+            or chosen.max() >= size
+        ):
+            raise ValueError(
+                f"columns of parameter {index} are not {self.rank} different ones of {size}; nothing loaded"
+            )
         return Seat(index, group, param, part, {"columns": chosen.to(local.device, copy=True)})
 
     def _along_rows(self, seat: Seat) -> bool:
