@@ -137,6 +137,7 @@ def test_two_plans_in_one_process_on_two_threads() -> None:
         trace = memopt.trace(net, inputs)
         plan = memopt.plan(trace, memopt.plan(trace, trace.peak_bytes // 3, RATES).smallest_budget_bytes, RATES)
         assert plan.peak_bytes < trace.peak_bytes
+        assert [block.path for block in trace.blocks] == [f"blocks.{i}" for i in range(6)]
         with memopt.apply(net, plan):
             for _ in range(5):
                 net(*inputs).backward()

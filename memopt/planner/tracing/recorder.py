@@ -72,6 +72,7 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
 
     def _watch_phases(self) -> PhaseWatcher:
         return PhaseWatcher(
+            self,
             root_entered=self._root_entered,
             root_left=self._root_left,
             module_entered=self._module_entered,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from memopt.planner.tracing.optimizers import forget_unused, settled_twin, state
 from memopt.planner.tracing.recorder import Recorder
 from memopt.planner.values import Category, Trace
 from memopt.planner.variants import release_gradients
+
+_ONE_AT_A_TIME = threading.RLock()  # what a trace switches off in libraries is the whole process's
 
 
 def trace(
@@ -75,7 +78,7 @@ def trace(
         optimizer = NamedOptimizer([p for p in model.parameters() if p.requires_grad], optimizer)
     step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
     try:
-        with torch.enable_grad(), eager_paths(), quiet_fakes(), faked(model, faker):
+        with _ONE_AT_A_TIME, torch.enable_grad(), eager_paths(), quiet_fakes(), faked(model, faker):
             bits, guessed_at = _run(model, faker, recorder, step, rules)
     except TraceError:
         raise

@@ -8,6 +8,7 @@ batch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from memopt.planner.values import Phase
 
@@ -30,7 +32,10 @@ def _ignore(*_: Any) -> None:
 
 
 class PhaseWatcher:
-    """Follows the phases of training steps through global hooks, from ``install`` to ``remove``.
+    """Follows the phases of one thread's training steps through global hooks, from ``install`` to ``remove``.
+
+    ``mode`` tells which threads belong to it: the one that installed it, and those of the autograd engine that run its
+    backward under the same mode. What other threads train or trace is theirs.
 
     Listeners (all optional): ``root_entered(module)``, ``root_left(module, output)`` for outermost modules with
     parameters, ``module_entered(module, args)`` and ``module_left(module, args, kwargs, output, failed)`` for every
@@ -39,6 +44,7 @@ class PhaseWatcher:
 
     def __init__(
         self,
+        mode: TorchDispatchMode,
         root_entered: Listener = _ignore,
         root_left: Listener = _ignore,
         module_entered: Listener = _ignore,
@@ -46,6 +52,8 @@ class PhaseWatcher:
         stepped: Listener = _ignore,
         backward_started: Listener = _ignore,
     ) -> None:
+        self._mode = mode
+        self._thread = threading.get_ident()
         self._root_entered = root_entered
         self._root_left = root_left
         self._module_entered = module_entered
@@ -59,7 +67,8 @@ class PhaseWatcher:
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        """Starts watching."""
+        """Starts watching the thread that calls it."""
+        self._thread = threading.get_ident()
         self._handles = [
             register_module_forward_pre_hook(self._before_module),
             register_module_forward_hook(self._after_module, with_kwargs=True, always_call=True),
@@ -74,6 +83,9 @@ class PhaseWatcher:
             # torch 2.13 leaves the mark of a hook that takes keywords behind, and warns of it in torch.compile.
             getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
         self._handles = []
+
+    def _elsewhere(self) -> bool:
+        return threading.get_ident() != self._thread and self._mode not in _get_current_dispatch_mode_stack()
 
     def phase(self) -> Phase:
         """The phase of an operation that runs now."""
@@ -92,6 +104,8 @@ class PhaseWatcher:
         return self._outside
 
     def _before_module(self, module: nn.Module, args: Any) -> None:
+        if self._elsewhere():
+            return
         outermost = not self._stack and torch._C._current_graph_task_id() == -1
         if outermost:
             outermost = next(module.parameters(), None) is not None
@@ -103,6 +117,8 @@ class PhaseWatcher:
         self._module_entered(module, args)
 
     def _after_module(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        if self._elsewhere():
+            return
         failed = len(rest) < 2  # torch passes no kwargs to an always-called hook when the module raised
         kwargs, output = ({}, None) if failed else rest
         while self._stack:  # a module that raised before its own hooks were reached leaves its entry behind
@@ -117,10 +133,14 @@ class PhaseWatcher:
             self._root_left(module, output)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._elsewhere():
+            return
         self._steps += 1
         self._stepped(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._elsewhere():
+            return
         self._stepped(optimizer)
         self._steps -= 1
         if not self._steps and torch._C._current_graph_task_id() == -1:

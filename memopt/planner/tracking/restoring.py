@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-_depth = 0
+import threading
+
+
+class _Here(threading.local):
+    """How many are open on this thread."""
+
+    depth = 0
+
+
+_here = _Here()
 
 
 class restoring:  # noqa: N801
@@ -12,14 +21,12 @@ class restoring:  # noqa: N801
     """
 
     def __enter__(self) -> None:
-        global _depth
-        _depth += 1
+        _here.depth += 1
 
     def __exit__(self, *error: object) -> None:
-        global _depth
-        _depth -= 1
+        _here.depth -= 1
 
 
 def is_restoring() -> bool:
-    """Whether saved tensors are being brought back now."""
-    return _depth > 0
+    """Whether this thread is bringing saved tensors back now."""
+    return _here.depth > 0

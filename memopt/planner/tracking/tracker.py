@@ -90,6 +90,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _watch_phases(self) -> PhaseWatcher:
         return PhaseWatcher(
+            self,
             root_entered=self._root_entered,
             root_left=self._root_left,
             stepped=self.adopt_optimizer,
