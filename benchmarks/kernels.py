@@ -34,7 +34,6 @@ from memopt.kernels import codec_names, dequantize_blockwise, get_codec, quantiz
 Variants = dict[str, Callable[[], object]]
 Row = dict[str, Any]
 LIMITS = {"quantise": 3.0, "dequantise": 1.2}
-STEP_LIMITS = {"8bit": 0.75, "4bit": 0.70}
 
 
 def interleaved(variants: Variants, rounds: int) -> dict[str, tuple[float, float]]:
@@ -128,7 +127,7 @@ def steps(elements: int, tensors: int, rounds: int) -> list[Row]:
     for name in PAIRS:
         arguments = (ADAMW, params, grads, zero_states(params, name), PAIRS[name], SCALARS)
         variants[name] = functools.partial(step, *arguments, seed=1, step=1)
-    return against_first(f"AdamW, {elements / 1e6:.0f} M in {tensors}", variants, rounds, STEP_LIMITS)
+    return against_first(f"AdamW, {elements / 1e6:.0f} M in {tensors}", variants, rounds)
 
 
 def of_dtype(dtype: torch.dtype, options: argparse.Namespace) -> list[Row]:
