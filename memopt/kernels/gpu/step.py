@@ -23,6 +23,7 @@ from memopt.kernels.request import StepRequest, mark_written, unguarded
 PLAIN_BLOCK = 256
 TILE = 1024  # elements of a program
 WARPS = 4
+REGISTERS = 168  # of a thread, at most: left to itself, ptxas aims lower for some kernels and spills one to three of them
 _Pieces = dict[tuple[int, bool], list[int]]  # (width, whole) -> task, first, count, last_of_row of each program
 
 
@@ -47,6 +48,11 @@ def run(request: StepRequest, *, restart: bool = True) -> dict[str, Tensor]:
     return {name: sums[:, k].float() for k, name in enumerate(names)}
 
 
+def options(nvidia: bool) -> dict[str, Any]:
+    """What the compiler is told beside the constants; other makers' compilers know no bound on registers."""
+    return {"num_warps": WARPS, "enable_fp_fusion": True, **({"maxnreg": REGISTERS} if nvidia else {})}
+
+
 @functools.lru_cache(maxsize=256)
 def _kernel(kind: StepKind, device: torch.device, guarded: bool) -> tuple[Any, list[Expr], Tensor]:
     source, uniforms, tables = step_source(kind, guarded)
@@ -67,7 +73,7 @@ def _launch(kind: StepKind, request: StepRequest, members: list[int]) -> Tensor:
         kernel[(len(pieces),)](
             table, pieces, tables, partial, *guards, _signed(hashing.step_key(request.seed, request.step)), *values,
             R=max(1, _tile() // width), BLOCK=block, WIDTH=width, WHOLE=whole, INTERPRET=interpreting(),
-            num_warps=WARPS, enable_fp_fusion=True,
+            **options(device.type == "cuda" and torch.version.hip is None),
         )  # fmt: skip
         if count:
             totals += torch.segment_reduce(partial.double(), "sum", lengths=lengths)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memopt.kernels.gpu.printer import load_source
-from memopt.kernels.gpu.step import TILE, WARPS
+from memopt.kernels.gpu.step import TILE, options
 from memopt.kernels.gpu.step_source import step_source
 from memopt.kernels.native.step_body import StepKind
 
@@ -93,4 +93,6 @@ def compile_step(
     types.update({f"U{i}": "fp32" for i in range(len(uniforms))})
     block = next((s.block for s in kind.stored if not isinstance(s, torch.dtype)), width)
     constants = {"R": max(1, TILE // width), "BLOCK": block, "WIDTH": width, "WHOLE": whole, "INTERPRET": False}
-    return compile_for(load_source(source).kernel, types, constants, target, num_warps=WARPS, enable_fp_fusion=True)
+    return compile_for(
+        load_source(source).kernel, types, constants, target, **options(TARGETS[target].backend == "cuda")
+    )
