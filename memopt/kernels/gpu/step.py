@@ -23,7 +23,7 @@ from memopt.kernels.request import StepRequest, mark_written, unguarded
 PLAIN_BLOCK = 256
 TILE = 1024  # elements of a program
 WARPS = 4
-REGISTERS = 168  # of a thread, at most: left to itself, ptxas aims lower for some kernels and spills one to three of them
+REGISTERS = 168  # of a thread, at most: left to itself, ptxas aims lower for some kernels and spills one to three
 _Pieces = dict[tuple[int, bool], list[int]]  # (width, whole) -> task, first, count, last_of_row of each program
 
 
