@@ -11,17 +11,16 @@ from rich.console import Console
 
 from memopt.integrations.first_batch import FirstBatchPlan
 from memopt.integrations.fused_head import FusedLoss, fuse_loss
+from memopt.integrations.metered_step import MeteredStep
 from memopt.integrations.needed import needed
-from memopt.metering import Meter, meter
+from memopt.metering import Meter
 from memopt.optim import Adam, AdamMini, AdamW
 from memopt.optim.registry import by_name
-from memopt.planner import Plan, format_bytes
+from memopt.planner import Plan
 from memopt.report.terminal import plan_page
 
 with needed("transformers", "hf"):
     from transformers import Trainer, TrainerCallback
-
-METERED_STEP = 2  # counted from 0: by then the optimizer has made its state and the plan is applied
 
 
 class MemoptCallback(TrainerCallback):
@@ -59,11 +58,15 @@ class MemoptCallback(TrainerCallback):
         self.budget, self.hardware, self.meter, self.report = budget, hardware, meter, report
         self.fuse_loss, self.loss_options = fuse_loss, dict(loss_options or {})
         self.fused: FusedLoss | None = None
-        self.metered: Meter | None = None
         self.console = Console()
         self._planning: FirstBatchPlan | None = None
-        self._metering: Meter | None = None
+        self._metering = MeteredStep(meter)
         self._steps = 0
+
+    @property
+    def metered(self) -> Meter | None:
+        """The meter of the last training's third step, once it has ended."""
+        return self._metering.result
 
     @property
     def plan(self) -> Plan | None:
@@ -94,7 +97,7 @@ class MemoptCallback(TrainerCallback):
     ) -> None:
         """Model and optimizer are as the loop will use them: wait for the first batch."""
         self._take_off()  # a training that was interrupted, or begins again with smaller batches, did not end
-        self._steps = 0
+        self._metering, self._steps = MeteredStep(self.meter), 0
         if self.budget is not None:
             self._planning = FirstBatchPlan(
                 model,
@@ -109,33 +112,22 @@ class MemoptCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Start to measure."""
-        if self.meter and self._steps == METERED_STEP:
-            self._metering = meter(model, getattr(optimizer, "optimizer", optimizer))
-            self._metering.__enter__()
+        self._metering.begin(self._steps, model, getattr(optimizer, "optimizer", optimizer))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are freed: the measured step is over."""
         self._steps += 1
-        if self._metering is not None:
-            self.metered, self._metering = self._metering, None
-            self.metered.__exit__(None, None, None)
+        self._metering.end()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the plan off, and say what was used."""
         self._take_off()
-        if self.plan is None and self.metered is None:
-            return
-        parts = []
-        if self.plan is not None:
-            parts.append(f"{format_bytes(self.plan.peak_bytes)} predicted, budget {self.budget}")
-        if self.metered is not None:
-            parts.append(f"{format_bytes(self.metered.peak_bytes)} measured")
-        self._say(state, f"Peak memory of a step: {'; '.join(parts)}")
+        line = self._metering.against(self.plan, self.budget)
+        if line is not None:
+            self._say(state, line)
 
     def _take_off(self) -> None:
-        if self._metering is not None:
-            self._metering.__exit__(None, None, None)
-            self._metering = None
+        self._metering.give_up()
         if self._planning is not None:
             self._planning.remove()
 

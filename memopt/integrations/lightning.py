@@ -10,17 +10,16 @@ from typing import Any
 
 from torch import nn
 
+from memopt.integrations.metered_step import MeteredStep
 from memopt.integrations.needed import needed
-from memopt.metering import Meter, meter
+from memopt.metering import Meter
 from memopt.offload import Handle, apply
-from memopt.planner import Plan, format_bytes
+from memopt.planner import Plan
 from memopt.wrapping import plan_within
 
 with needed("lightning", "lightning"):
     import lightning.pytorch as pl
     from lightning.pytorch.utilities import rank_zero_info
-
-METERED_STEP = 2  # counted from 0: by then the optimizer has made its states, and every block is recorded
 
 
 class MemoptCallback(pl.Callback):
@@ -47,14 +46,18 @@ class MemoptCallback(pl.Callback):
     def __init__(self, budget: int | str | None = None, *, hardware: Any = "auto", meter: bool = False) -> None:
         self.budget, self.hardware, self.meter = budget, hardware, meter
         self.plan: Plan | None = None
-        self.metered: Meter | None = None
         self._handle: Handle | None = None
-        self._metering: Meter | None = None
+        self._metering = MeteredStep(meter)
         self._batches = 0
+
+    @property
+    def metered(self) -> Meter | None:
+        """The meter of the third step, once it has ended."""
+        return self._metering.result
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew; a second ``fit`` plans again."""
-        self.plan, self.metered, self._batches = None, None, 0
+        self.plan, self._metering, self._batches = None, MeteredStep(self.meter), 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -75,38 +78,31 @@ class MemoptCallback(pl.Callback):
                     accumulate=min(int(trainer.accumulate_grad_batches), 2),  # the second pass is like all later ones
                 )
             self._handle = apply(step, self.plan)
-        if self.meter and self._batches == METERED_STEP * int(trainer.accumulate_grad_batches):
-            self._metering = meter(pl_module, trainer.optimizers[0])
-            self._metering.__enter__()
+        number, passes_before = divmod(self._batches, int(trainer.accumulate_grad_batches))
+        if not passes_before and trainer.optimizers:
+            self._metering.begin(number, pl_module, trainer.optimizers[0])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The measured step is over when its optimizer has stepped."""
         self._batches += 1
-        if self._metering is not None and self._batches % int(trainer.accumulate_grad_batches) == 0:
-            self.metered, self._metering = self._metering, None
-            self.metered.__exit__(None, None, None)
+        if self._batches % int(trainer.accumulate_grad_batches) == 0:
+            self._metering.end()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the plan off, and say what was used."""
         self._take_off()
-        parts = []
-        if self.plan is not None:
-            parts.append(f"{format_bytes(self.plan.peak_bytes)} predicted, budget {self.budget}")
-        if self.metered is not None:
-            parts.append(f"{format_bytes(self.metered.peak_bytes)} measured")
-        if parts:
-            rank_zero_info(f"Peak memory of a step: {'; '.join(parts)}")
+        line = self._metering.against(self.plan, self.budget)
+        if line is not None:
+            rank_zero_info(line)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module as it was."""
         self._take_off()
 
     def _take_off(self) -> None:
-        if self._metering is not None:
-            self._metering.__exit__(None, None, None)
-            self._metering = None
+        self._metering.give_up()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

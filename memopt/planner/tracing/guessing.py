@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memopt.planner.naming import users_line
+from memopt.planner.tracing.flops import mutated
 from memopt.planner.tracking import tensors_in
 
 _LIMIT = 1 << 22
@@ -99,7 +100,7 @@ class Guesses(TorchDispatchMode):
 
     def _on_shadows(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation's result on shadows, or None where an operand has none or the result would be large."""
-        written = _written(func, args, kwargs)
+        written = mutated(func, args, kwargs)
         tensors = list(tensors_in((args, kwargs), 4))
         if any(self._value(one) is None for one in tensors) or any(one not in self._shadows for one in written):
             for tensor in written:
@@ -208,17 +209,6 @@ def _dimension(func: Any, args: Any, kwargs: Any) -> int | None:
             value = args[position] if position < len(args) else kwargs.get("dim", argument.default_value)
             return value % max(1, args[0].dim()) if isinstance(value, int) else None
     return args[0].dim() - 1 if func._schema.name == "aten::multinomial" else None
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    if not func._schema.is_mutable:
-        return found
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
-    return found
 
 
 def _makes_integers(func: Any, args: Any, kwargs: Any) -> bool:
