@@ -66,7 +66,7 @@ class Handle:
         for path, calls in by_path.items():
             parts = [calls.get(n) for n in range(max(calls) + 1)]
             policies = [None if part is None else (part, Policy.of(part, self.tier)) for part in parts]
-            self.blocks.append(PlannedForward(blocks[path], path, policies, self))
+            self.blocks.append(PlannedForward(blocks[path], path, policies, model, self.counts, self.remove))
         for planned in self.blocks:
             planned.block.forward = planned
             _planned.add(planned.block)

@@ -6,7 +6,7 @@ import copy
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from memopt.offload.ambient import random_states, uncached
 from memopt.offload.calls import Call, Compiled, Policy, unpack
 from memopt.offload.checking import check_call
-from memopt.offload.origin import Origin
+from memopt.offload.origin import Counts, Origin
 from memopt.offload.partitioned import Partitioned, hooks_unrecorded, is_partitioned, partitioned_parameters
 from memopt.offload.recording import Recorder, copy_of_storage
 from memopt.offload.replay.replaying import replaying
 from memopt.offload.template import Kind, Template
 from memopt.planner.values import BlockPlan
-
-if TYPE_CHECKING:
-    from memopt.offload.applying import Handle
 
 _MAX_VARIANTS = 64
 
@@ -35,13 +32,22 @@ class PlannedForward:
         block: the module.
         path: its name in the model.
         plans: for each call in a step, the plan's part and its policy; calls beyond them begin again.
-        handle: the applied plan.
+        model: whose step the block runs in.
+        counts: of replays, for the report of a step.
+        take_off: takes the whole plan off, where it does not fit the block.
     """
 
     def __init__(
-        self, block: nn.Module, path: str, plans: list[tuple[BlockPlan, Policy] | None], handle: Handle
+        self,
+        block: nn.Module,
+        path: str,
+        plans: list[tuple[BlockPlan, Policy] | None],
+        model: nn.Module,
+        counts: Counts,
+        take_off: Callable[[], None],
     ) -> None:
-        self.block, self.path, self.plans, self.handle = block, path, plans, handle
+        self.block, self.path, self.plans = block, path, plans
+        self._model, self._counts, self._take_off = model, counts, take_off
         self.own: Callable[..., Any] = block.forward
         self.was_attribute = "forward" in block.__dict__
         self.calls = 0
@@ -110,8 +116,8 @@ class PlannedForward:
         return origin
 
     def _started(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin:
-        where, counts = self._where(number), self.handle.counts
-        return Origin(self.block, self._parameters, where, self.own, args, kwargs, counts, self._partitioned)
+        where = self._where(number)
+        return Origin(self.block, self._parameters, where, self.own, args, kwargs, self._counts, self._partitioned)
 
     def _first(
         self, number: int, key: Any, planned: tuple[BlockPlan, Policy], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,9 +125,9 @@ class PlannedForward:
         """The first call of a kind: recorded while it runs, and checked against the plan."""
         plan, policy = planned
         try:
-            self._partitioned = partitioned_parameters(self.block, self.path, self.handle.model)
+            self._partitioned = partitioned_parameters(self.block, self.path, self._model)
         except ValueError:
-            self.handle.remove()
+            self._take_off()
             raise
         self._parameters = list(self.block.parameters())
         first = self._templates[number]
@@ -139,7 +145,7 @@ class PlannedForward:
             with call:
                 check_call(plan, template, first is None)
         except ValueError:
-            self.handle.remove()
+            self._take_off()
             raise
         compiled = used.compile(template)
         origin.arguments.forget(*template.arguments)
@@ -159,11 +165,10 @@ class PlannedForward:
         return output
 
     def _known(self, origin: Origin) -> list[tuple[Tensor, Kind, Any]]:
-        root = self.handle.model
         known: list[tuple[Tensor, Kind, Any]] = [(p, Kind.PARAMETER, None) for p in self.block.parameters()]
         known += [(b, Kind.BUFFER, ("buffer", name)) for name, b in self.block.named_buffers()]
-        known += [(p, Kind.PARAMETER, None) for p in root.parameters()]
-        known += [(b, Kind.BUFFER, None) for b in root.buffers()]
+        known += [(p, Kind.PARAMETER, None) for p in self._model.parameters()]
+        known += [(b, Kind.BUFFER, None) for b in self._model.buffers()]
         known += [(t, Kind.INPUT, ("input", n)) for n, t in enumerate(origin.arguments.tensors())]
         return known
 
