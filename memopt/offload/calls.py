@@ -11,14 +11,14 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from memopt.offload.actions import Saver, saver
+from memopt.offload.actions import BlockCall, Saver, saver
 from memopt.offload.checking import whole_actions
-from memopt.offload.handles import Dropped, Kept, Leaving, Piece, Stored
+from memopt.offload.handles import Kept, Leaving, Piece, Stored
 from memopt.offload.origin import Origin
 from memopt.offload.partitioned import ByParameter, SavedParameter
 from memopt.offload.recording import Recorder
 from memopt.offload.replay.cones import Needs, needs_of
-from memopt.offload.replay.session import Sessions
+from memopt.offload.replay.session import Dropped, Sessions
 from memopt.offload.template import Kind, Template
 from memopt.offload.tiers import Tier
 from memopt.planner.tracking import restoring
@@ -107,7 +107,7 @@ class Given(Saver):
     def __init__(self, action: Saver) -> None:
         self._action = action
 
-    def save(self, call: Any, number: int, tensor: Tensor) -> Any:
+    def save(self, call: BlockCall, number: int, tensor: Tensor) -> Any:
         """The action's way with inputs."""
         return self._action.save_input(call, tensor)
 
@@ -134,9 +134,9 @@ class Call:
     """
 
     def __init__(self, where: str, origin: Origin | None, policy: Policy, compiled: Compiled | None) -> None:
-        self.where, self.policy, self.compiled = where, policy, compiled
+        self.where, self.policy, self.compiled, self.tier = where, policy, compiled, policy.tier
         self.sessions = None if origin is None else Sessions(origin)
-        self.stored: dict[int, Any] = {}
+        self.stored: dict[int, Stored] = {}
         self.handles: list[Any] = []
         self.leaving: list[tuple[Any, Leaving]] = []
         self.recorder: Recorder | None = None
@@ -167,6 +167,11 @@ class Call:
             return self.recorder.template.packs[number].saved
         assert self.compiled is not None
         return self.compiled.storages[number]
+
+    def drop(self, number: int, tensor: Tensor) -> Dropped:
+        """The promise that a replay of the call brings a saved tensor back."""
+        assert self.sessions is not None
+        return Dropped(tensor, number, self.sessions)
 
     def signs_only(self, number: int) -> bool:
         """Whether backward needs only the signs of a saved tensor; unknown, so no, until the call has been recorded."""
@@ -210,7 +215,7 @@ class Call:
                 if isinstance(handle, (Kept, Piece)):
                     sessions.sources[n] = ref(handle)
             sessions.origin.left()
-        self.policy.tier.block_ended()
+        self.tier.block_ended()
         self.close()
 
     def _move_inputs(self, origin: Origin | None) -> None:

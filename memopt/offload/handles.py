@@ -7,15 +7,10 @@ recompute.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memopt.offload.template import Layout
-
-if TYPE_CHECKING:
-    from memopt.offload.replay.session import Sessions
 
 
 def changed_in_place(where: str, tensor: Tensor, version: int) -> RuntimeError:
@@ -138,17 +133,3 @@ class Leaving(Kept):
     def unpack(self) -> Tensor:
         """The tensor, from the tier if it has gone."""
         return super().unpack() if self._piece is None else self._piece.unpack()
-
-
-class Dropped:
-    """A tensor that a replay of its block brings back; ``sources`` keeps alive what the replay will read."""
-
-    __slots__ = ("__weakref__", "layout", "number", "sessions", "sources")
-
-    def __init__(self, tensor: Tensor, number: int, sessions: Sessions) -> None:
-        self.layout, self.number, self.sessions = Layout.of(tensor), number, sessions
-        self.sources: list[Any] = []
-
-    def unpack(self) -> Tensor:
-        """The tensor, from the block's replay."""
-        return self.sessions.unpack(self.number, self.layout)

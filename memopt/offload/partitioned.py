@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memopt.offload.actions import Saver
+from memopt.offload.actions import BlockCall, Saver
 from memopt.offload.errors import UnsupportedBlockError
 from memopt.offload.template import Kind, Layout
 
@@ -121,7 +121,7 @@ class ByParameter(Saver):
     def __init__(self, owner: Partitioned, other: Saver) -> None:
         self._owner, self._other = owner, other
 
-    def save(self, call: Any, number: int, tensor: Tensor) -> Any:
+    def save(self, call: BlockCall, number: int, tensor: Tensor) -> Any:
         """The parameter."""
         if self._owner.holds(tensor):
             return SavedParameter(tensor, self._owner, call.where)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from memopt.offload.actions.saver import Saver
+from memopt.offload.actions.saver import BlockCall, Saver
 from memopt.planner.values import StorageAction
 
-__all__ = ["Saver", "saver"]
+__all__ = ["BlockCall", "Saver", "saver"]
 
 _NAMES = frozenset(module.name for module in iter_modules(__path__)) - {"saver"}
 

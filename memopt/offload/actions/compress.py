@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from memopt.offload.actions.saver import Saver
+from memopt.offload.actions.saver import BlockCall, Saver
 from memopt.offload.formats import Format, format_named
 from memopt.offload.formats.format import Decoder
 from memopt.offload.handles import Kept, Piece, Stored
@@ -38,7 +36,7 @@ class Compress(Saver):
     def __init__(self, format: Format) -> None:
         self.format = format
 
-    def save(self, call: Any, number: int, tensor: Tensor) -> Piece | Kept:
+    def save(self, call: BlockCall, number: int, tensor: Tensor) -> Piece | Kept:
         """The first tensor over a storage compresses it; what the format cannot hold is kept."""
         index = call.storage_of(number)
         stored = call.stored.get(index)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from memopt.offload.actions.saver import Saver
+from memopt.offload.actions.saver import BlockCall, Saver
 from memopt.offload.handles import Kept
 from memopt.planner.values import StorageAction
 
@@ -16,7 +14,7 @@ class Keep(Saver):
 
     passive = True
 
-    def save(self, call: Any, number: int, tensor: Tensor) -> Kept:
+    def save(self, call: BlockCall, number: int, tensor: Tensor) -> Kept:
         """The tensor itself."""
         return Kept(tensor, call.where)
 

@@ -6,20 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from memopt.offload.actions.saver import Saver
-from memopt.offload.handles import Dropped
+from memopt.offload.actions.saver import BlockCall, Saver
 from memopt.planner.values import StorageAction
 
 
 class Recompute(Saver):
-    """Holds nothing but the layout."""
+    """Holds nothing but a promise to replay."""
 
     drops = True
     exact = False
 
-    def save(self, call: Any, number: int, tensor: Tensor) -> Dropped:
-        """A promise to replay."""
-        return Dropped(tensor, number, call.sessions)
+    def save(self, call: BlockCall, number: int, tensor: Tensor) -> Any:
+        """The promise, which holds no more than the layout."""
+        return call.drop(number, tensor)
 
 
 def make(action: StorageAction) -> Recompute:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from memopt.offload.actions.saver import Saver
+from memopt.offload.actions.saver import BlockCall, Saver
 from memopt.offload.handles import Kept, Leaving, Piece, Stored
 from memopt.offload.tiers import Tier, first_bytes
 from memopt.planner.values import StorageAction, moved_bytes
@@ -46,7 +44,7 @@ class Swap(Saver):
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def save(self, call: Any, number: int, tensor: Tensor) -> Piece | Kept:
+    def save(self, call: BlockCall, number: int, tensor: Tensor) -> Piece | Kept:
         """The first tensor over a storage moves it; layouts that bytes alone do not describe are kept."""
         if self._stays(tensor):
             return Kept(tensor, call.where)
@@ -56,7 +54,7 @@ class Swap(Saver):
             stored = call.stored[index] = self.moved(call, tensor)
         return Piece(stored, tensor)
 
-    def save_input(self, call: Any, tensor: Tensor) -> Kept:
+    def save_input(self, call: BlockCall, tensor: Tensor) -> Kept:
         """A tensor over an input, which goes when the block's forward has ended."""
         if self._stays(tensor):
             return Kept(tensor, call.where)
@@ -64,9 +62,9 @@ class Swap(Saver):
         call.leaving.append((self, handle))
         return handle
 
-    def moved(self, call: Any, tensor: Tensor) -> Stored:
+    def moved(self, call: BlockCall, tensor: Tensor) -> Stored:
         """The tensor's storage, on its way to the tier."""
-        return Swapped(tensor, call.where, call.policy.tier, self.share)
+        return Swapped(tensor, call.where, call.tier, self.share)
 
     def _stays(self, tensor: Tensor) -> bool:
         size = tensor.untyped_storage().nbytes()

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from memopt.offload.ambient import attributes_restored, autocast, no_autocast
 from memopt.offload.arguments import Absent, Away
 from memopt.offload.errors import ReplayError
-from memopt.offload.handles import Dropped, Kept, Piece
+from memopt.offload.handles import Kept, Piece
 from memopt.offload.origin import Origin
 from memopt.offload.partitioned import stand_ins_for_parameters
 from memopt.offload.replay.cones import Needs
@@ -218,6 +218,20 @@ class Sessions:
             chain.loaders[0] = one.gathered
             stand_ins[id(one.parameter)] = replayer.input_over(one.layout, chain, one.parameter.requires_grad)
         stand_ins_for_parameters(self.origin.block, stand_ins)
+
+
+class Dropped:
+    """A tensor that a replay of its block brings back; ``sources`` keeps alive what the replay will read."""
+
+    __slots__ = ("__weakref__", "layout", "number", "sessions", "sources")
+
+    def __init__(self, tensor: Tensor, number: int, sessions: Sessions) -> None:
+        self.layout, self.number, self.sessions = Layout.of(tensor), number, sessions
+        self.sources: list[Any] = []
+
+    def unpack(self) -> Tensor:
+        """The tensor, from the block's replay."""
+        return self.sessions.unpack(self.number, self.layout)
 
 
 def _never(value: Any) -> Tensor:
