@@ -23,44 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memopt.planner.tracking.losses import LossFinder, is_own_loss
 from memopt.planner.tracking.phases import PhaseWatcher
 from memopt.planner.tracking.records import History, Record, claim, rounded_bytes, scratch_bytes, tensors_in
 from memopt.planner.tracking.restoring import is_restoring
 from memopt.planner.values import Category, Phase
 
-_LOSS_OPERATIONS = frozenset(
-    {
-        "aten::_log_softmax",
-        "aten::_log_softmax_backward_data",
-        "aten::nll_loss_forward",
-        "aten::nll_loss_backward",
-        "aten::nll_loss2d_forward",
-        "aten::nll_loss2d_backward",
-        "aten::mse_loss",
-        "aten::mse_loss_backward",
-        "aten::smooth_l1_loss",
-        "aten::smooth_l1_loss_backward",
-        "aten::huber_loss",
-        "aten::huber_loss_backward",
-        "aten::binary_cross_entropy",
-        "aten::binary_cross_entropy_backward",
-        "aten::binary_cross_entropy_with_logits",
-    }
-)
 _NO_STORAGE = (NotImplementedError, RuntimeError, ValueError)  # sparse, functional and uninitialised tensors
 _DEVICE = torch.ops.prim.device.default
 _OWN = "memopt"
 _UNNAMED = "input"
-_LOSS_WORDS = ("cross_entropy", "contrastive", "logit", "softmax_gradient", "column_statistics", "pair_gradient")
-_FIRST_IS_LOGITS = frozenset(
-    {
-        "aten::_log_softmax",
-        "memopt::logit_statistics",
-        "memopt::softmax_gradient_",
-        "memopt::column_statistics_",
-        "memopt::pair_gradient_",
-    }
-)
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -83,9 +55,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._started = 0.0
         self._phases = self._watch_phases()
         self._grad_hooks: dict[int, Any] = {}
-        self._output_hooks: list[Any] = []
-        self._outputs: list[Record] = []
-        self._left_at = 0
+        self._losses = LossFinder(self)
         self._resize: Any = None
 
     def _watch_phases(self) -> PhaseWatcher:
@@ -114,9 +84,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phases.remove()
         if self._resize is not None:
             torch.UntypedStorage.resize_, self._resize = self._resize, None  # type: ignore[method-assign]
-        for handle in (*self._grad_hooks.values(), *self._output_hooks):
+        self._losses.remove()
+        for handle in self._grad_hooks.values():
             handle.remove()
-        self._grad_hooks, self._output_hooks = {}, []
+        self._grad_hooks = {}
         for record in self.history.records:
             record.watch = None
         self._live = {}
@@ -186,7 +157,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 claim(record, category)
         self._add_scratch(name, scratch_bytes(func._schema.name, args, kwargs), category)
         self._recorded(index, func, args, kwargs, output, phase)
-        self._claim_loss(func, args, output)
+        self._losses.operation_ran(func, args, output)
         self.clock = index + 1
         return output
 
@@ -257,14 +228,14 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             with self:
                 output = func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
-            self._claim_loss(func, args, output)
+            self._losses.operation_ran(func, args, output)
             return output
         finally:
             self._inside.pop()
 
     def _category_inside(self, name: str) -> Category | None:
         outer = self._inside[0] if self._inside else name
-        return Category.LOGITS if _OWN in outer and any(word in outer for word in _LOSS_WORDS) else None
+        return Category.LOGITS if is_own_loss(outer) else None
 
     def _add_scratch(self, name: str, size: int, category: Category | None) -> None:
         index = self.clock
@@ -276,49 +247,18 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
             )  # fmt: skip
 
-    def _claim_loss(self, func: Any, args: Any, output: Any) -> None:
-        """The inputs and outputs of loss functions, wherever they run, are logits and loss."""
-        name = func._schema.name
-        if name in _LOSS_OPERATIONS or name in _FIRST_IS_LOGITS:
-            inputs = (args[0],) if name in _FIRST_IS_LOGITS else ()
-            for tensor in tensors_in((inputs, output)):
-                record = self.observe(tensor)
-                if record is not None and record.producer is not None:
-                    claim(record, Category.LOGITS)
-
     def _gradient_arrived(self, gradient: Tensor) -> None:
         self.adopt(gradient, Category.GRADIENTS)
 
     def _root_entered(self, module: nn.Module) -> None:
-        phases = self.history.phases
-        if Phase.BACKWARD not in phases[self._left_at :]:  # what followed the last model was no loss: more forward came
-            for index in range(self._left_at, len(phases)):
-                phases[index] = Phase.FORWARD if phases[index] is Phase.LOSS else phases[index]
-        for handle in self._output_hooks:
-            handle.remove()
-        self._output_hooks, self._outputs = [], []
+        self._losses.model_entered()
         self.adopt_module(module)
 
     def _root_left(self, module: nn.Module, output: Any) -> None:
-        self._left_at = self.clock
-        for tensor in _loose_tensors(output):
-            if tensor.is_floating_point() and tensor.dim() > 0 and tensor.requires_grad and not tensor.is_leaf:
-                self._output_hooks.append(tensor.register_hook(self._logit_gradient_arrived))  # type: ignore[no-untyped-call]
-                record = self.observe(tensor)
-                if record is not None:
-                    self._outputs.append(record)
+        self._losses.model_left(output)
 
     def _backward_started(self) -> None:
-        self.history.backward_starts.append(self.clock)
-        for record in self._outputs:
-            claim(record, Category.LOGITS)
-        self._outputs = []
-
-    def _logit_gradient_arrived(self, gradient: Tensor) -> None:
-        starts = self.history.backward_starts
-        if starts and (not self.history.logit_gradients or self.history.logit_gradients[-1][0] != starts[-1]):
-            self.history.logit_gradients.append((starts[-1], self.clock))
-        self.adopt(gradient, Category.LOGITS)
+        self._losses.backward_started()
 
 
 @functools.cache
@@ -327,11 +267,6 @@ def _touches_memory(func: Any) -> bool:
     schema = func._schema
     tensors = any("Tensor" in str(result.type) for result in schema.returns)
     return tensors or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
-
-
-def _loose_tensors(output: Any) -> Iterator[Tensor]:
-    """Tensors of a model's output, also inside the output classes of transformers (ordered dicts)."""
-    return tensors_in(dict(output) if hasattr(output, "keys") else output)
 
 
 def _existing_storages() -> Iterator[Any]:
