@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from memopt.offload import HostOptimizer, PagedOptimizer, SwapError, apply
-from memopt.offload.states import host_optimizer, paged_optimizer
+from memopt.offload.states import host_optimizer, mapped, paged_optimizer
 from memopt.optim import AdamW, Lion
 from memopt.planner.values import Action
 from tests.offload.models import everything, make_plan, same, step_loss
@@ -265,3 +268,115 @@ def test_a_bucket_does_not_stay_on_the_device_after_an_error(monkeypatch: pytest
         with pytest.raises(ZeroDivisionError):
             ours.state_dict()
     assert _left(ours) == 0
+
+
+class _Slow(torch.optim.AdamW):
+    """Takes so long over a step that whatever does not wait for it comes first."""
+
+    def step(self, closure: Any = None) -> Any:
+        time.sleep(0.01)
+        return super().step(closure)
+
+
+def _half_rate(optimizer: HostOptimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+
+
+MEANWHILE: dict[str, Callable[[HostOptimizer, Any], Any]] = {
+    "state_dict": lambda optimizer, state: copy.deepcopy(optimizer.state_dict()),
+    "load_state_dict": lambda optimizer, state: optimizer.load_state_dict(copy.deepcopy(state)),
+    "zero_grad": lambda optimizer, state: optimizer.zero_grad(),
+    "zero_grad in place": lambda optimizer, state: optimizer.zero_grad(set_to_none=False),
+    "param_groups": lambda optimizer, state: _half_rate(optimizer),
+    "state_bytes": lambda optimizer, state: optimizer.state_bytes(),
+}
+
+
+@pytest.mark.parametrize("name", MEANWHILE)
+@pytest.mark.parametrize("state", ["memory", "disk"])
+def test_between_backward_and_step_steps_under_way_are_waited_for(name: str, state: str, tmp_path: Path) -> None:
+    def train(settled: bool) -> list[Any]:
+        layers = _three()
+        ours = HostOptimizer(layers.parameters(), lambda p: _Slow(p, lr=1e-2), state=state, folder=tmp_path)
+        seen: list[Any] = []
+        first: Any = None
+        for n in range(3):
+            _backward(layers)
+            if n == 1 and settled:
+                wait(ours._pending.values())
+            if n == 1:
+                seen += pytree.tree_leaves(MEANWHILE[name](ours, first))
+                seen += [p.grad for p in layers.parameters()]
+            ours.step()
+            if n == 0:
+                first = copy.deepcopy(ours.state_dict())
+            ours.zero_grad()
+        seen += pytree.tree_leaves((list(layers.parameters()), ours.state_dict()))
+        ours.close()
+        return seen
+
+    for found, expected in zip(train(False), train(True), strict=True):
+        assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
+
+
+def test_after_a_backward_that_failed_the_next_one_begins() -> None:
+    """What had arrived is stepped, the rest is not; ``zero_grad`` ends that step."""
+    layers, twin = _three(), _three()
+    ours, plain = HostOptimizer(layers.parameters(), MAKE["torch"]), MAKE["torch"](twin.parameters())
+    for one in (layers, twin):
+        hook = one[1].register_full_backward_hook(lambda *args: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            _backward(one)
+        hook.remove()
+    plain.step()
+    for one, optimizer in ((layers, ours), (twin, plain)):
+        optimizer.zero_grad()
+        _backward(one)
+        optimizer.step()
+    ours.close()
+    assert same(list(layers.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize("place", THREE)
+def test_a_closure_runs_forward_and_backward(place: str) -> None:
+    layers, twin = _three(), _three()
+    ours, plain = THREE[place](layers.parameters(), MAKE["torch"]), MAKE["torch"](twin.parameters())
+
+    def closure(module: nn.Module, optimizer: Any) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = module(torch.ones(2, 8)).square().sum()
+            loss.backward()
+            return loss
+
+        return run
+
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(ours.step(closure(layers, ours)), plain.step(closure(twin, plain)))
+    if isinstance(ours, HostOptimizer):
+        ours.close()
+    assert same(list(layers.parameters()), list(twin.parameters()))
+
+
+def test_a_state_file_that_another_start_takes_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making a file and locking it, another process may remove it: mapping its name would make another."""
+    made, make = [], tempfile.mkstemp
+
+    def mkstemp(**options: Any) -> tuple[int, str]:
+        made.append(make(**options))
+        if len(made) == 1:
+            mapped.remove_leftovers(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    layer = nn.Linear(30, 30, bias=False)
+    ours = HostOptimizer(layer.parameters(), MAKE["torch"], state="disk", folder=tmp_path)
+    layer(torch.ones(2, 30)).sum().backward()
+    ours.step()
+    ours.close()
+    assert len(made) == 2
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from memopt.offload import SwapError, apply
+from memopt.offload import PagedOptimizer, SwapError, apply
 from memopt.offload.pinned import pool
 from memopt.offload.pinned import tier as pinned
 from memopt.offload.recording import Recorder
@@ -159,6 +159,45 @@ def test_a_storage_in_several_buffers_comes_back() -> None:
         assert len(slot._buffers) > 1
         count = slot.moved_bytes // 4
         assert torch.equal(slot.get().view(torch.float32)[:count], x[:count])
+
+
+class _Refusing(torch.optim.AdamW):
+    refuses = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.refuses:
+            raise ArithmeticError("no")
+        return super().step(closure)
+
+
+def test_pages_of_optimizer_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two buckets at most are on the device; none after a step, however it ends; nothing grows from step to step."""
+    tier = pinned.PinnedTier(None)
+    monkeypatch.setattr(host, "open_tier", lambda folder, limit: tier)
+    parameters = [torch.nn.Parameter(torch.ones(1000)) for _ in range(4)]
+    twins = [torch.nn.Parameter(torch.ones(1000)) for _ in range(4)]
+    paged, plain = PagedOptimizer(parameters, _Refusing, bucket_bytes=4000), torch.optim.AdamW(twins)
+    bucket, seen = 8000, []
+    for optimizer in paged._optimizers:
+        optimizer.register_step_pre_hook(lambda *args: seen.append(tier.ahead_bytes + tier._leaving_bytes))
+    for n in range(6):
+        for parameter in (*parameters, *twins):
+            parameter.grad = torch.full_like(parameter, n + 1.0)
+        if n == 3:
+            paged._optimizers[1].refuses = True
+            with pytest.raises(ArithmeticError):
+                paged.step()
+            assert tier.ahead_bytes == tier._leaving_bytes == 0
+            assert all(slot._back is None for slot in paged._slots(*paged._optimizers))
+            paged._optimizers[1].refuses = False
+        paged.step()
+        plain.step()
+        assert same(parameters, twins)
+        assert max(seen) <= bucket  # beside the one that is stepped
+        assert tier.ahead_bytes == tier._leaving_bytes == 0
+        assert len(tier._order) <= 2 * 8
+    paged.load_state_dict(paged.state_dict())
+    assert tier.ahead_bytes == tier._leaving_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["flash", "cudnn"])

@@ -84,6 +84,13 @@ class PinnedSlot(Slot):
         self._arrived.record(back)
         tier.ahead_bytes += self.storage_bytes
 
+    def forget(self) -> None:
+        """Let go of a copy that nobody asked for: its memory may be reused only after the copy into it."""
+        if self._back is not None and self._arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._arrived)
+            self._back = None
+            self._tier.ahead_bytes -= self.storage_bytes
+
     def get(self) -> Tensor:
         """The bytes on the device; compute waits for their arrival, the host does not."""
         tier = self._tier
@@ -100,10 +107,7 @@ class PinnedSlot(Slot):
     def __del__(self) -> None:
         if hasattr(self, "left"):
             self._tier.held_bytes -= self.moved_bytes
-            if self._back is not None and self._arrived is not None:
-                # Fetched ahead and never asked for: its memory may be reused only after the copy into it.
-                torch.cuda.current_stream(self.device).wait_event(self._arrived)
-                self._tier.ahead_bytes -= self.storage_bytes
+            self.forget()
             # The buffers may be handed out again only when both copies are done with them.
             for buffer in self._buffers:
                 self._tier.retire(buffer, self._arrived or self.left)

@@ -6,6 +6,10 @@ On the device remain parameters and gradients: none of the state's bytes. With p
 and the parameter itself is stepped. The states may lie in memory-mapped files, for models whose states exceed the
 host's memory.
 
+Whatever else is asked of the optimizer between backward and ``step()`` waits for the steps that backward has begun:
+nothing looks at a gradient, a group or a state while the worker is at it. Those steps are taken, though: what is
+changed there counts from the next step on.
+
 A parameter's step must not depend on other parameters: a rule that looks at several of them at once (a norm over all
 gradients, say) sees one at a time here.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -71,6 +75,7 @@ class HostOptimizer:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all parameters' optimizers, for schedulers that set ``lr`` between steps."""
+        wait(self._pending.values())
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def _start(self, number: int) -> Callable[[Tensor], None]:
@@ -83,7 +88,8 @@ class HostOptimizer:
         if number in self._pending:
             raise RuntimeError(
                 "a second backward reached a parameter before step(); HostOptimizer(overlap=True) steps as soon as a "
-                "gradient arrives: call step() after every backward, or give overlap=False to accumulate gradients"
+                "gradient arrives: call step() after every backward (zero_grad() after one that failed), or give "
+                "overlap=False to accumulate gradients"
             )
         parameter = self._params[number]
         gradient = parameter.grad
@@ -114,19 +120,34 @@ class HostOptimizer:
                 return error
         return None
 
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Wait until every parameter that has a gradient has been stepped and its new value is back.
 
         After an error, those that were stepped have their new values and no gradient any more: calling ``step`` again
         steps the others only.
 
+        Args:
+            closure: runs forward and backward, as for torch's optimizers.
+
+        Returns:
+            What the closure returned.
+
         Raises:
             SwapError: the disk is full or fails; the states stay in memory until the next step.
             Exception: the first error of an optimizer's step.
         """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
         for number, parameter in enumerate(self._params):
             if parameter.grad is not None and number not in self._pending:
                 self._begin(number)
+        self._finish()
+        return result
+
+    def _finish(self) -> None:
+        """Wait for the steps under way, and bring the new values back."""
         stepped: list[nn.Parameter] = []
         errors: list[BaseException] = []
         for number, future in sorted(self._pending.items()):
@@ -150,12 +171,23 @@ class HostOptimizer:
                 parameter.copy_(host, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        for parameter in self._params:
-            parameter.grad = None if set_to_none or parameter.grad is None else parameter.grad.zero_()
+        """Drop the gradients.
+
+        A parameter that backward has begun to step is stepped, as by ``step``: after a backward that failed, this is
+        how the next one can begin.
+
+        Raises:
+            Exception: as ``step``; the gradients are dropped.
+        """
+        try:
+            self._finish()
+        finally:
+            for parameter in self._params:
+                parameter.grad = None if set_to_none or parameter.grad is None else parameter.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Every parameter's optimizer state, in order."""
+        wait(self._pending.values())
         return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,14 +196,16 @@ class HostOptimizer:
         Raises:
             ValueError: it is for other parameters or another kind of optimizer; nothing is loaded.
         """
+        wait(self._pending.values())
         load_all(self._optimizers, state, "optimizers", "parameters", lambda own, part: own.load_state_dict(part))
 
     def state_bytes(self) -> int:
         """Bytes of the optimizers' states, wherever they lie."""
+        wait(self._pending.values())
         return sum(state_bytes(optimizer) for optimizer in self._optimizers)
 
     def close(self) -> None:
-        """Take the hooks off and end the worker. Safe to repeat."""
+        """Take the hooks off and end the worker, after the steps under way. Safe to repeat."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

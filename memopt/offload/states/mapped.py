@@ -6,7 +6,6 @@ crash in the instant before leaves a file that the next start finds by its name 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from memopt.offload.errors import SwapError
-from memopt.offload.tiers.disk import PREFIX, remove_leftovers
+from memopt.offload.tiers.disk import remove_leftovers, scratch_file
 
 _ALIGNMENT = 64
 
@@ -72,9 +71,8 @@ class MappedStates:
     def _map(self, size: int) -> Tensor:
         file = -1
         try:
-            file, name = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
+            file, name = scratch_file(self.folder)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.posix_fallocate(file, 0, size)
                 flat: Tensor = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
             finally:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -65,6 +66,7 @@ class PagedOptimizer:
         if not buckets:
             raise ValueError("params holds no parameter that requires gradients")
         self.tier = open_tier(tier, folder)
+        self.tier.prefetch_bytes = 0  # it would bring back what was put away last: the buckets just stepped
         self._optimizers = [make(bucket) for bucket in buckets]
         start = 0
         for optimizer, bucket in zip(self._optimizers, buckets, strict=True):
@@ -77,12 +79,23 @@ class PagedOptimizer:
         """The groups of all buckets' optimizers, for schedulers that set ``lr`` between steps."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
 
         After an error, the buckets that were stepped have no gradients any more: calling ``step`` again steps the
         others only.
+
+        Args:
+            closure: runs forward and backward, as for torch's optimizers.
+
+        Returns:
+            What the closure returned.
         """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self.tier.new_step()
         stepped = []
         try:
             for number, optimizer in enumerate(self._optimizers):
@@ -95,7 +108,12 @@ class PagedOptimizer:
         except BaseException:
             for optimizer in stepped:
                 optimizer.zero_grad()
+            for slot in self._slots(*self._optimizers):
+                slot.forget()
             raise
+        finally:
+            self.tier.block_ended()  # the last bucket has gone
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
@@ -108,6 +126,7 @@ class PagedOptimizer:
         for optimizer in self._optimizers:
             with self._here(optimizer):
                 found.append(pytree.tree_map_only(Tensor, _on_host, optimizer.state_dict()))
+        self.tier.block_ended()
         return {"buckets": found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,6 +141,7 @@ class PagedOptimizer:
             self._send_away(optimizer)
 
         load_all(self._optimizers, state, "buckets", "buckets", load)
+        self.tier.block_ended()
 
     @contextmanager
     def _here(self, optimizer: Optimizer) -> Iterator[None]:
@@ -133,15 +153,22 @@ class PagedOptimizer:
             self._send_away(optimizer)
 
     def _prefetch(self, number: int) -> None:
-        if number < len(self._optimizers):
-            for leaf in pytree.tree_leaves(dict(self._optimizers[number].state)):
+        for slot in self._slots(*self._optimizers[number : number + 1]):
+            slot.prefetch()
+
+    @staticmethod
+    def _slots(*optimizers: Optimizer) -> Iterator[Slot]:
+        """Where the states of buckets lie that are away."""
+        for optimizer in optimizers:
+            for leaf in pytree.tree_leaves(dict(optimizer.state)):
                 if isinstance(leaf, _Away):
-                    leaf.slot.prefetch()
+                    yield leaf.slot
 
     def _send_away(self, optimizer: Optimizer) -> None:
         for parameter, stored in list(optimizer.state.items()):
             away = pytree.tree_map_only(Tensor, self._put, stored)
             optimizer.state[parameter] = away
+        self.tier.block_ended()  # and the bucket before it has gone
 
     def _put(self, tensor: Tensor) -> Any:
         if tensor.dim() == 0 or tensor.numel() == 0:

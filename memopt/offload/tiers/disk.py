@@ -82,14 +82,12 @@ class DiskTier(Tier):
         self.folder, self.limit_bytes = folder, limit_bytes
         remove_leftovers(folder)
         try:
-            self._file, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
+            self._file, name = scratch_file(folder)
         except OSError as error:
             raise ValueError(
                 f"swap folder {folder} cannot be used ({error.strerror}); give an existing, writable folder"
             ) from error
-        # Another process may have taken it for a leftover before it was locked: no harm, it was to be unlinked anyway.
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        Path(name).unlink(missing_ok=True)
+        os.unlink(name)
         self._free: list[tuple[int, int]] = []
         self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.RLock()
@@ -191,6 +189,25 @@ class DiskTier(Tier):
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)
+
+
+def scratch_file(folder: Path) -> tuple[int, str]:
+    """A new file, open and locked, and its name, which is to be taken away as soon as it is not needed.
+
+    Raises:
+        OSError: the folder does not take it.
+    """
+    while True:
+        file, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file).st_nlink:
+                return file, name
+        except BaseException:
+            os.close(file)
+            raise
+        # Before it was locked, another start has taken it for a leftover and removed it.
+        os.close(file)
 
 
 def remove_leftovers(folder: Path) -> None:

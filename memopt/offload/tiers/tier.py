@@ -25,6 +25,9 @@ class Slot:
     def prefetch(self) -> None:
         """It will be asked for soon: begin to bring it back, where that can go on beside other work."""
 
+    def forget(self) -> None:
+        """It will not be asked for soon after all: let go of what has been brought back."""
+
     def get(self) -> Tensor:
         """A new flat uint8 tensor of the storage's bytes, on its device; only those that are here are filled in."""
         raise NotImplementedError
@@ -37,11 +40,13 @@ class Tier:
         held_bytes: now in the tier.
         moved_bytes: put into the tier since it was opened.
         stall_seconds: how long compute waited for copies.
+        prefetch_bytes: what the tier by itself may bring back ahead of need, at most, where it knows how.
     """
 
     held_bytes = 0
     moved_bytes = 0
     stall_seconds = 0.0
+    prefetch_bytes = 0
 
     def put(self, tensor: Tensor, moved_bytes: int | None = None) -> Slot:
         """Take a copy of the tensor's whole storage, or of its first bytes; it may be freed as soon as this returns."""
