@@ -1,4 +1,4 @@
-"""The policy as a mixed-integer program: variables, families of constraints, objective, solving."""
+"""The policy as a mixed-integer program: variables, families of constraints, objective, search for integers."""
 
 from memopt.planner.policy.solvers import SolverError
 from memopt.planner.policy.solving import Relaxation, Solution, relax, smallest_peak, solve

@@ -1,33 +1,22 @@
-"""Solves the policy program: the bundled CBC through PuLP, with every way in which a solver may fail handled.
-
-A program is solved as a linear one first, which gives a lower bound. Variables that it leaves at 0 or 1 are fixed
-there, and the few others are solved in integers. Where that leaves a gap, every variable whose reduced cost is within
-the gap is set free again and the program solved once more, which proves the answer. Answers are rounded to integers.
-"""
+"""The policy's doors: a problem becomes a program, the program is solved, and its answer is read and checked."""
 
 from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from memopt.planner.policy import cost
 from memopt.planner.policy.families import add_all
+from memopt.planner.policy.integers import NEAR, IntegerSearch
 from memopt.planner.policy.program import Program
-from memopt.planner.policy.solvers import SolverError, check_time_limit, open_solver
+from memopt.planner.policy.solvers import SolverError, check_time_limit
 from memopt.planner.problem import Item, Problem
 from memopt.planner.values import Status
 
 GAP = 2e-4  # of the step's seconds: far less than any model of a device can tell apart
 PEAK_GAP = 0.25  # of a thousandth of the peak, where the smallest peak is sought
 TRAFFIC_LIMIT = 2.0  # seconds spent on swapping less at no loss of time
-PROOF_LIMIT = 1.5  # seconds for each attempt to improve or prove an answer that is there already
-FREE_LIMITS = (150, 400)  # variables set free in those attempts
-WHOLE_LIMIT = 5.0  # seconds spent on the whole program where fixing the relaxation's decisions led nowhere
-NEAR = 1e-6  # a relaxed variable so close to an integer counts as one
 
 
 @dataclass(frozen=True)
@@ -107,18 +96,11 @@ class _Run:
     def __init__(
         self, problem: Problem, time_limit: float, solver: str, gap: float, seek_peak: bool, tiled: bool
     ) -> None:
-        import pulp
-
         self.problem, self.gap, self.seek_peak = problem, gap, seek_peak
         self.began = time.monotonic()
-        self.deadline = self.began + check_time_limit(time_limit)
-        self.solver = solver
-        self.peak_bytes = self.bound = 0.0
-        most = max((position.fixed_bytes for position in problem.positions), default=1)
-        unit_bytes = max(most, problem.budget_bytes, 1) / 1024
-        self.program = Program(problem, pulp.LpProblem("policy", pulp.LpMinimize), unit_bytes, problem.compute_seconds)
-        program = self.program
-        program.choices = {c.variable: program.continuous(f"x{c.variable}", 0, 1) for c in program.all_choices()}
+        self.peak_bytes = 0.0
+        deadline = self.began + check_time_limit(time_limit)
+        self.program = program = _program(problem, seek_peak)
         self.divided = {
             program.choices[c.variable].name
             for block in problem.blocks
@@ -126,155 +108,39 @@ class _Run:
             if tiled and item.token_wise
             for c in item.choices
         }
-        useful = useful_resources(problem)
-        program.resources = {
-            r.variable: program.continuous(f"y{r.variable}", 0, 1)
-            for r in program.all_resources()
-            if r.variable in useful
-        }
-        if seek_peak:
-            program.peak = program.continuous("peak")
-        add_all(program)
-        objective = cost.step_cost(program)
-        program.model.setObjective(program.peak + 1e-4 * objective if seek_peak else objective)
+        self.search = IntegerSearch(program, self.divided, solver, gap, deadline)
 
     def solve(self) -> Solution:
         """Relax, fix what is decided, solve the rest; then, at no loss of time, swap as little as possible."""
-        status, method = self._minimise(prove=not self.seek_peak)
+        status, method = self.search.minimise(prove=not self.seek_peak)
         if status is Status.INFEASIBLE:
             return Solution(status, {}, math.inf, math.inf, method, time.monotonic() - self.began)
         answer = self._solution(status, method)
         swapped = sum(c.swap_bytes for c in self.program.all_choices() if c.variable in answer.shares)
-        if not swapped or self.seek_peak or not self.problem.rates.overlap or self._left() < 1:
+        if not swapped or self.seek_peak or not self.problem.rates.overlap or self.search.left() < 1:
             return answer
         share = answer.seconds / self.problem.compute_seconds
         self.program.add(cost.seconds(self.program) <= share + self.gap / 10)
         self.program.model.setObjective(cost.traffic(self.program))
-        self.deadline = min(self.deadline, time.monotonic() + TRAFFIC_LIMIT)
+        self.search.deadline = min(self.search.deadline, time.monotonic() + TRAFFIC_LIMIT)
         try:
-            status, _ = self._minimise(prove=False)
+            status, _ = self.search.minimise(prove=False)
+            if status is Status.INFEASIBLE:
+                return answer
             least = self._solution(status, method + ", then least traffic")
         except SolverError:
-            return answer
-        if status is Status.INFEASIBLE:
             return answer
         return replace(least, status=answer.status, bound_seconds=answer.bound_seconds)
 
     def relax(self) -> Relaxation | None:
         """The linear relaxation alone."""
-        if self._call(integer=False) is Status.INFEASIBLE:
+        if self.search.relax() is Status.INFEASIBLE:
             return None
         seconds = float(cost.seconds(self.program).value()) * self.problem.compute_seconds
         peak = self.problem.budget_bytes
         if self.program.peak is not None:
             peak = math.ceil(float(self.program.peak.varValue) * self.program.unit_bytes)
         return Relaxation(seconds, peak)
-
-    def _minimise(self, prove: bool = True) -> tuple[Status, str]:
-        """Solves for the objective as it stands; ``self.bound`` becomes a lower bound, with ``prove`` a close one."""
-        choices = list(self.program.choices.values())
-        for variable in choices:
-            variable.cat, variable.lowBound, variable.upBound = "Continuous", 0, 1
-        if self._call(integer=False) is Status.INFEASIBLE:
-            return Status.INFEASIBLE, "the linear relaxation is infeasible"
-        self.bound = self._objective()
-        relaxed = {variable.name: (variable.varValue, variable.dj or 0.0) for variable in choices}
-        free = self._fix(choices, lambda value, _: True, relaxed)
-        status = self._call(integer=True, limit=WHOLE_LIMIT)
-        if status is Status.INFEASIBLE:
-            free = self._fix(choices, lambda *_: False, relaxed)
-            status = self._call(integer=True, limit=WHOLE_LIMIT)
-            if status is Status.OPTIMAL:
-                self.bound = max(self.bound, self._objective() - self.gap)
-        elif prove:
-            free, status = self._improve(choices, relaxed, free)
-        method = f"linear relaxation, then a mixed-integer program over the {free} undecided of {len(choices)} choices"
-        return status, method
-
-    def _improve(self, choices: list[Any], relaxed: dict[str, tuple[float, float]], free: int) -> tuple[int, Status]:
-        """Sets more variables free, those that cost least to move first, until the gap is closed or time is up.
-
-        In an answer better than the best known, whatever costs more than the difference when moved stays where it is:
-        once all others are free, the solver's word is a proof.
-        """
-        prices = sorted(abs(price) for _, price in relaxed.values())
-        for limit in FREE_LIMITS:
-            best = self._objective()
-            room = best - self.bound
-            if room <= self.gap or self._left() < 1:
-                break
-            proof = bisect_right(prices, room) <= limit
-            threshold = room if proof else prices[min(limit, len(prices) - 1)]
-            values = {variable.name: variable.varValue for variable in self.program.model.variables()}
-            opened = self._fix(choices, lambda _, price, most=threshold: abs(price) > most, relaxed)  # type: ignore[misc]
-            try:
-                status = self._call(integer=True, limit=PROOF_LIMIT, start=True)
-            except SolverError:
-                status = Status.INFEASIBLE
-            if status is Status.INFEASIBLE or self._objective() > best:
-                self._restore(values)
-            else:
-                free = opened
-            if status is Status.OPTIMAL and proof:
-                self.bound = max(self.bound, self._objective() - self.gap)
-        return free, Status.OPTIMAL
-
-    def _restore(self, values: dict[str, float | None]) -> None:
-        for variable in self.program.model.variables():
-            variable.varValue = values[variable.name]
-
-    def _left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def _fix(
-        self,
-        variables: list[Any],
-        decided: Callable[[float, float], bool],
-        relaxed: dict[str, tuple[float, float]],
-    ) -> int:
-        """Makes the variables integer and fixes those that ``decided(value, price)`` holds for; counts the others.
-
-        All choices of an item stay free where the relaxation has split it between some of them.
-        """
-        split = {
-            self.program.choices[c.variable].name
-            for block in self.problem.blocks
-            for item in block.items
-            if any(not _whole(relaxed[self.program.choices[c.variable].name][0]) for c in item.choices)
-            for c in item.choices
-        }
-        free = 0
-        for variable in variables:
-            if variable.name in self.divided:
-                continue
-            value, price = relaxed[variable.name]
-            fixed = variable.name not in split and decided(value, price)
-            variable.cat = "Integer"
-            variable.lowBound, variable.upBound = (round(value), round(value)) if fixed else (0, 1)
-            free += not fixed
-        return free
-
-    def _call(self, integer: bool, limit: float = math.inf, start: bool = False) -> Status:
-        """Runs the solver on the program as it stands."""
-        import pulp
-
-        solver = open_solver(self.solver, min(self._left(), limit), self.gap / 2 if integer else None, start)
-        try:
-            status = self.program.model.solve(solver)
-        except (pulp.PulpSolverError, OSError) as error:
-            raise SolverError(f"solver {self.solver!r} failed: {error}") from error
-        if status == pulp.LpStatusInfeasible:
-            return Status.INFEASIBLE
-        if self.program.model.sol_status == pulp.LpSolutionOptimal:
-            return Status.OPTIMAL
-        if self.program.model.sol_status == pulp.LpSolutionIntegerFeasible:
-            return Status.FEASIBLE
-        raise SolverError(
-            f"solver {self.solver!r} found nothing in time ({pulp.LpStatus[status]}); give it a longer time_limit"
-        )
-
-    def _objective(self) -> float:
-        return float(self.program.model.objective.value())
 
     def _solution(self, status: Status, method: str) -> Solution:
         shares = {}
@@ -286,13 +152,13 @@ class _Run:
                 best = max(item.choices, key=lambda c: self.program.choices[c.variable].varValue or 0.0)
                 if not 0.999 <= (self.program.choices[best.variable].varValue or 0.0) <= 1.001:
                     raise SolverError(
-                        f"solver {self.solver!r} answered no integers for block {block.block}, item {item.index}"
+                        f"solver {self.search.solver!r} answered no integers for block {block.block}, item {item.index}"
                     )
                 shares[best.variable] = 1.0
         if self.program.peak is not None:
             self.peak_bytes = float(self.program.peak.varValue) * self.program.unit_bytes
         seconds = float(cost.seconds(self.program).value()) * self.problem.compute_seconds
-        over = max(0.0, self._objective() - self.bound)
+        over = max(0.0, self.search.objective() - self.search.bound)
         if status is Status.OPTIMAL and over > 2 * self.gap:
             status = Status.FEASIBLE
         lower = max(0.0, seconds - over * self.problem.compute_seconds)
@@ -302,17 +168,33 @@ class _Run:
         """The shares of a storage whose rows are divided; they add up to 1 exactly."""
         found = {c.variable: float(self.program.choices[c.variable].varValue or 0.0) for c in item.choices}
         if abs(sum(found.values()) - 1) > 1e-3 or min(found.values()) < -1e-3:
-            raise SolverError(f"solver {self.solver!r} answered no shares for block {block}, item {item.index}")
+            raise SolverError(f"solver {self.search.solver!r} answered no shares for block {block}, item {item.index}")
         found = {variable: share for variable, share in found.items() if share > NEAR}
         whole = sum(found.values())
         return {variable: share / whole for variable, share in found.items()}
 
 
-def _whole(value: float) -> bool:
-    return abs(value - round(value)) <= NEAR
+def _program(problem: Problem, seek_peak: bool) -> Program:
+    """The whole program: variables, every family of constraints, and what to minimise."""
+    import pulp
+
+    most = max((position.fixed_bytes for position in problem.positions), default=1)
+    unit_bytes = max(most, problem.budget_bytes, 1) / 1024
+    program = Program(problem, pulp.LpProblem("policy", pulp.LpMinimize), unit_bytes, problem.compute_seconds)
+    program.choices = {c.variable: program.continuous(f"x{c.variable}", 0, 1) for c in program.all_choices()}
+    useful = _useful_resources(problem)
+    program.resources = {
+        r.variable: program.continuous(f"y{r.variable}", 0, 1) for r in program.all_resources() if r.variable in useful
+    }
+    if seek_peak:
+        program.peak = program.continuous("peak")
+    add_all(program)
+    objective = cost.step_cost(program)
+    program.model.setObjective(program.peak + 1e-4 * objective if seek_peak else objective)
+    return program
 
 
-def useful_resources(problem: Problem) -> frozenset[int]:
+def _useful_resources(problem: Problem) -> frozenset[int]:
     """The resources that cost seconds, hold bytes at some position, or come before one that does."""
     found = {variable for position in problem.positions for variable, _ in position.terms}
     for block in problem.blocks:
