@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ from memopt.optim import kahan, sharding
 from memopt.optim.formats.base import Plain, StateFormat
 from memopt.optim.formats.fp32 import FORMAT as FP32
 from memopt.optim.layout import Extent, Shape, as_rows, is_flat
+from memopt.optim.reaching import Reach
 
 if TYPE_CHECKING:
     from memopt.kernels.native.step import Launch
@@ -35,7 +37,7 @@ class Slot:
     """One parameter of an optimizer, with what its states are and how they are kept.
 
     ``number`` is its position over all groups; with the seed, the step and the element's index it decides how the
-    stochastic rounding falls.
+    stochastic rounding falls. Where there is a ``reach``, ``param`` is what it fetches for a step.
     """
 
     param: Tensor
@@ -44,6 +46,17 @@ class Slot:
     specs: tuple[State, ...]
     format: StateFormat
     stored: dict[str, Any]
+    reach: Reach | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """The whole parameter's shape."""
+        return tuple((self.param if self.reach is None else self.reach.param).shape)
+
+    @property
+    def offset(self) -> int:
+        """Index, in the flattened whole parameter, of the first element of ``param``."""
+        return sharding.offset_of(self.param) if self.reach is None else self.reach.offset
 
     def kept(self, spec: State) -> tuple[StateFormat, Extent]:
         """How a state is stored: as the slot says; a compensation in the parameter's type; in fp32 a small state."""
@@ -102,12 +115,40 @@ class Slot:
         if not sharding.is_sharded(self.param) or not self.cut(spec):
             return parts
         kept_by, extent = self.kept(spec)
-        shape = extent.shape
-        complete = kept_by.allocate(spec, torch.empty(shape, device="meta"), Extent(shape, shape))
+        complete = self.shapes(spec, extent.shape)
         flat = True if is_flat(extent, kept_by.block) and kept_by.block else None
-        return {
-            key: sharding.like(self.param, part, tuple(complete[key].shape), cut=flat) for key, part in parts.items()
-        }
+        return {key: sharding.like(self.param, part, complete[key], cut=flat) for key, part in parts.items()}
+
+    def shapes(self, spec: State, shape: Shape) -> dict[str, Shape]:
+        """The shapes of the tensors that hold a state of an unsharded parameter of that shape."""
+        fresh = self.kept(spec)[0].allocate(spec, torch.empty(shape, device="meta"), Extent(shape, shape))
+        return {key: tuple(one.shape) for key, one in fresh.items()}
+
+    def taken(self, spec: State, key: str, saved: Tensor) -> Tensor:
+        """Of a tensor of a state dict what is kept here under ``key``, or as a plain state under the state's name."""
+        if self.reach is None:
+            return sharding.kept_of(saved, self.stored.get(key, self.param))
+        return self.reach.kept(saved, *self._measures(spec, key))
+
+    def shown(self) -> dict[str, Any]:
+        """What is stored as a state dict shows it; where the slot has a reach, all ranks must take part."""
+        shown = dict(self.stored)
+        if self.reach is None:
+            return shown
+        for spec in self.specs:
+            for key in self.kept(spec)[0].keys(spec):
+                if key in shown:
+                    shown[key] = self.reach.shown(shown[key], *self._measures(spec, key))
+        return shown
+
+    def _measures(self, spec: State, key: str) -> tuple[Shape, int]:
+        """The shape of a stored tensor for the whole parameter, and how many of its elements belong to a block."""
+        block = self.format.block
+        if isinstance(spec, SmallState):
+            return spec.shape, 1
+        if key not in self.kept(spec)[0].keys(spec):  # a plain state that another optimizer has saved
+            return self.shape, block
+        return self.shapes(spec, self.shape)[key], math.prod(self.shapes(spec, (block,))[key])
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as the kernels take it beside this slot's states."""
@@ -213,7 +254,7 @@ class Batch:
             "seed": self.group["seed"],
             "step": self.step,
             "numbers": [slot.number for slot in self.slots],
-            "offsets": [sharding.offset_of(slot.param) for slot in self.slots],
+            "offsets": [slot.offset for slot in self.slots],
             "roundings": [
                 # a compensation rounded to nearest would itself lose what is far below its spacing
                 "stochastic"

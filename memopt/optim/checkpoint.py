@@ -29,14 +29,15 @@ def header(rule: str) -> dict[str, Any]:
 
 def export(optimizer: RuleOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
     """torch's state dict of the optimizer with step counts as tensors, and the shape of each low-bit parameter."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for key, stored in packed["state"].items():
-        entry = dict(stored)
+        group, param = owners[key]
+        entry = optimizer.slot(key, group, param, stored).shown() if sharding.is_sharded(param) else dict(stored)
         if "step" in entry:
             entry["step"] = torch.tensor(float(entry["step"]))
             if any(name.endswith("_codes") for name in entry):
-                entry["shape"] = torch.tensor(tuple(params[key].shape), dtype=torch.int64)
+                entry["shape"] = torch.tensor(tuple(param.shape), dtype=torch.int64)
         state[key] = entry
     return {**packed, "state": state}
 
@@ -145,7 +146,7 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
         plain = stored.get(spec.name)
         slot.write(spec, 0.0)
         if isinstance(plain, Tensor):
-            value = sharding.kept_of(plain, slot.stored.get(spec.name, slot.param))
+            value = slot.taken(spec, spec.name, plain)
             _expect(spec.name, value, extent.local, None)
             slot.write(spec, torch.empty_like(slot.blank(spec), dtype=torch.float32).copy_(value))
             taken.add(spec.name)
@@ -154,7 +155,7 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
             found, target = stored.get(key), slot.held[key]
             if not isinstance(found, Tensor):
                 raise ValueError(f"it has no {key}")
-            value = sharding.kept_of(found, slot.stored[key])
+            value = slot.taken(spec, key, found)
             _expect(key, value, tuple(target.shape), target.dtype)
             target.copy_(value)
             taken.add(key)
@@ -162,8 +163,8 @@ def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
     if left:
         raise ValueError(f"it holds {', '.join(left)}, which this optimizer does not keep")
     shape = stored.get("shape")
-    if isinstance(shape, Tensor) and tuple(shape.tolist()) != tuple(slot.param.shape):
-        raise ValueError(f"it is of shape {tuple(shape.tolist())}, this parameter of {tuple(slot.param.shape)}")
+    if isinstance(shape, Tensor) and tuple(shape.tolist()) != slot.shape:
+        raise ValueError(f"it is of shape {tuple(shape.tolist())}, this parameter of {slot.shape}")
     slot.stored["step"] = _step(stored.get("step", 1))
     return slot.stored
 

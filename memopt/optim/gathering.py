@@ -135,8 +135,8 @@ def _gather(optimizer: RuleOptimizer) -> dict[tuple[Any, ...], Batch]:
                 continue
             slot = optimizer.slot(number, group, param, optimizer.state[param])
             optimizer.complete(slot, group)
-            if slot.param is not param:
-                slot.param, grad = sharding.gather(param), sharding.gather(grad)
+            if slot.reach is not None:
+                slot.param, grad = slot.reach.fetch(grad)
             step = slot.stored["step"] + 1
             names = tuple([spec.name for spec in slot.specs])
             contiguous = sharding.local_of(param).is_contiguous()

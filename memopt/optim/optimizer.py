@@ -15,7 +15,8 @@ from memopt.optim.batch import Batch, Slot
 from memopt.optim.coverage import All, Coverage
 from memopt.optim.formats import StateFormat, format_for, get_format
 from memopt.optim.gathering import Gathering
-from memopt.optim.layout import Extent, is_flat
+from memopt.optim.layout import is_flat
+from memopt.optim.reaching import reach_of
 from memopt.optim.scaling import Uncertain
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
@@ -157,9 +158,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                     slot.stored["step"] = batch.step
                 batch.guard = self._guard
                 self.update(batch)
-                for param, slot in zip(batch.params, batch.slots, strict=True):
-                    if slot.param is not param:
-                        sharding.scatter(slot.param, param)
+                for slot in batch.slots:
+                    if slot.reach is not None:
+                        slot.reach.put_back(slot.param)
             if self._guard is not None:
                 self._uncertain.note(self.found_inf, (slot.stored for batch in batches for slot in batch.slots))
         for batch in batches:
@@ -219,14 +220,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         extent = sharding.extent_of(param)
         chosen = format_for(group["state"], extent)
         flat = chosen.block and sharding.is_sharded(param) and is_flat(extent, chosen.block)
-        if flat and not sharding.cuts_between(param, chosen.block):
-            # one flat row, whose blocks do not end where the parts do: every rank keeps the whole state
-            param = sharding.stand_in(param)
-            extent = Extent(tuple(param.shape), tuple(param.shape))
+        reach = None
+        if flat and not sharding.cuts_between(param, chosen.block):  # the parts do not end where its blocks do
+            reach = reach_of(param, chosen.block, elementwise=self.elementwise)
+            extent = reach.extent
+            param = sharding.stand_in(param, extent.local)
         specs = self.states(group, param)
         if kahan.applies(group["param_rounding"], param.dtype):
             specs = (*specs, kahan.COMPENSATION)
-        return Slot(param, number, extent, specs, chosen, stored)
+        return Slot(param, number, extent, specs, chosen, stored, reach)
 
     def initial_values(self, group: Mapping[str, Any]) -> Mapping[str, float]:
         """What states start from where that is not 0."""

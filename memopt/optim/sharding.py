@@ -64,18 +64,28 @@ def extent_of(param: Tensor) -> Extent:
     return Extent((*param.shape[:1], *local[1:]), local)
 
 
-def cuts_between(param: Tensor, block: int) -> bool:
-    """Whether ranks hold equal parts of a parameter, all of them whole blocks of ``block`` elements: its states as one
-    flat row can then be cut as it is. Decided by the whole shape and the mesh, alike on every rank.
+def cut_by_rows(param: Tensor) -> tuple[dist.ProcessGroup, int] | None:
+    """The ranks over which a sharded parameter is cut by its first dimension and no other, and this one's number.
+
+    None where it is cut otherwise, or has so many elements that random numbers go by the row's start.
     """
     from torch.distributed.tensor import Shard
 
     one = cast(Any, param)
-    cut = [(placement, size) for placement, size in zip(one.placements, one.device_mesh.shape, strict=True)
-           if not placement.is_replicate()]  # fmt: skip
-    if len(cut) != 1 or cut[0][0] != Shard(0) or param.numel() > 2**32:  # beyond, random numbers go by the row's start
+    cut = [dimension for dimension, placement in enumerate(one.placements) if not placement.is_replicate()]
+    if len(cut) != 1 or one.placements[cut[0]] != Shard(0) or param.numel() > 2**32:
+        return None
+    return one.device_mesh.get_group(cut[0]), one.device_mesh.get_local_rank(cut[0])
+
+
+def cuts_between(param: Tensor, block: int) -> bool:
+    """Whether ranks hold equal parts of a parameter, all of them whole blocks of ``block`` elements: its states as one
+    flat row can then be cut as it is. Decided by the whole shape and the mesh, alike on every rank.
+    """
+    cut = cut_by_rows(param)
+    if cut is None:
         return False
-    parts: int = cut[0][1]
+    parts = cut[0].size()
     return param.shape[0] % parts == 0 and param.numel() // parts % block == 0
 
 
@@ -121,10 +131,10 @@ def like(param: Tensor, local: Tensor, shape: Shape, *, cut: bool | None = None)
     )
 
 
-def stand_in(param: Tensor) -> Tensor:
-    """An ordinary tensor like the whole of a sharded one, of no memory, for what only its shape and device decide."""
+def stand_in(param: Tensor, shape: Shape) -> Tensor:
+    """An ordinary tensor of a sharded one's type and device, of no memory, for what only these decide."""
     local = local_of(param)
-    return torch.zeros((), dtype=local.dtype, device=local.device).expand(param.shape)
+    return torch.zeros((), dtype=local.dtype, device=local.device).expand(shape)
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from memopt.kernels import Codec, State
 from memopt.optim.batch import Slot
 from memopt.optim.conversion.plain import StateDict
-from memopt.optim.layout import row_shape
+from memopt.optim.layout import Extent, row_shape
 from memopt.optim.optimizer import RuleOptimizer
 
 BLOCK = 256
@@ -74,7 +74,7 @@ def put_codes(plain: StateDict, shared: Shared, optimizer: RuleOptimizer) -> Sta
                 if codec is None or given is None or given.codes.shape != param.shape:
                     continue
                 if torch.equal(codec.values(), given.levels.cpu()):
-                    rows = row_shape(slot.extent, BLOCK)
+                    rows = row_shape(Extent(slot.shape, slot.shape), BLOCK)
                     names = slot.kept(spec)[0].keys(spec)
                     parts = (given.codes.reshape(rows), given.scales.reshape(codec.blocks(rows).scale_shape))
                     kept = {name: value for name, value in state[key].items() if name != spec.name}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.optim import sharding
 from memopt.optim.batch import Slot
 from memopt.optim.checkpoint import HEADER, OWN_OPTIONS
 from memopt.optim.conversion.codes import Shared, shared_codes
@@ -20,7 +21,7 @@ def _slots(state_dict: Mapping[str, Any], rule: str) -> Iterator[tuple[Any, Slot
     """(key, slot) of each parameter; the shape that decides its layout is stored with it.
 
     Raises:
-        ValueError: the state dict is not of this rule, or a parameter's states cannot be read.
+        ValueError: the state dict is not of this rule, or holds codes in parts on several ranks.
     """
     groups = {key: group for group in state_dict.get("param_groups", ()) for key in group["params"]}
     found = {group.get("rule") for group in groups.values()}
@@ -28,6 +29,11 @@ def _slots(state_dict: Mapping[str, Any], rule: str) -> Iterator[tuple[Any, Slot
         raise ValueError(f"the state dict is not one of memopt's {rule!r}: its groups say {sorted(map(str, found))}")
     reader = rules_by_name()[rule]([torch.zeros(1, device="meta")])
     for key, stored in mapped(state_dict, dict)["state"].items():
+        if "shape" in stored and any(map(sharding.is_sharded, filter(torch.is_tensor, stored.values()))):
+            raise ValueError(
+                f"parameter {key} of the state dict is sharded; convert the full one, which get_optimizer_state_dict "
+                "returns with StateDictOptions(full_state_dict=True)"
+            )
         shapes = [tuple(v.shape) for k, v in stored.items() if isinstance(v, Tensor) and k != "step"]
         shape = tuple(stored["shape"].tolist()) if "shape" in stored else (shapes or [()])[0]
         yield key, reader.slot(0, groups[key], torch.empty(shape, device="meta"), stored)

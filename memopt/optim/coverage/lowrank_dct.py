@@ -211,8 +211,14 @@ class LowRankDCT(Partial):
             group = next(g for outer, g in self._inner_groups() if outer is self.param_groups[seat.group])
             slot = inner.slot(seat.index, group, seat.stand_in, stored)
             for spec in slot.specs:
-                value = slot.decode(spec)
-                slot.write(spec, value.index_fill_(dimension, places, inner.initial_values(group).get(spec.name, 0.0)))
+                value, start = slot.decode(spec), inner.initial_values(group).get(spec.name, 0.0)
+                if slot.reach is None:
+                    value.index_fill_(dimension, places, start)
+                else:  # some elements of the flattened coefficients, sharded by rows
+                    width = seat.stand_in.shape[1]
+                    columns = torch.arange(slot.offset, slot.offset + value.numel(), device=value.device) % width
+                    value.masked_fill_(torch.isin(columns, places).view(value.shape), start)
+                slot.write(spec, value)
             return
         for value in stored.values():
             if isinstance(value, Tensor) and value.shape == seat.stand_in.shape:
