@@ -7,6 +7,7 @@ codes and scales included; ``rank-00000.pt`` the plain values and random states 
 """
 
 from memopt.integrations.checkpoints.folders import latest
-from memopt.integrations.checkpoints.manager import Checkpoints, Loaded, Saving
+from memopt.integrations.checkpoints.manager import Checkpoints, Loaded
+from memopt.integrations.checkpoints.saving import Saving
 
 __all__ = ["Checkpoints", "Loaded", "Saving", "latest"]

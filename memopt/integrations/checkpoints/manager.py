@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 from torch.optim import Optimizer
 
 from memopt.integrations.checkpoints import checksums, folders, restoring
+from memopt.integrations.checkpoints.saving import VERSION, Saving, contents_of, hold_step_back
 from memopt.integrations.checkpoints.staging import HostCopies, PartPlanner
-from memopt.integrations.checkpoints.trees import take_apart
 from memopt.integrations.checkpoints.writer import CheckpointWriter
-from memopt.optim import sharding
 
-VERSION = 1
 PATIENCE_SECONDS = 1.0  # a run that only reads holds the folder while it clears leftovers away
-
-
-@dataclass
-class Saving:
-    """A save under way.
-
-    Attributes:
-        step: the step it is named after.
-        path: where it will be, and is once it is complete.
-        stall_seconds: how long it has kept the caller: waiting for the save before, and copying to the host.
-    """
-
-    step: int
-    path: Path
-    stall_seconds: float
-    _written: Future[Any]
-
-    def done(self) -> bool:
-        """Whether it is complete on the disk, or has failed."""
-        return self._written.done()
-
-    def wait(self) -> Path:
-        """Wait until it is complete on the disk.
-
-        Raises:
-            RuntimeError: it failed, for example because the disk is full; earlier checkpoints are as they were.
-        """
-        try:
-            self._written.result()
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            raise RuntimeError(f"the checkpoint of step {self.step} could not be written to {self.path}") from error
-        return self.path
 
 
 @dataclass(frozen=True)
@@ -181,31 +142,19 @@ class Checkpoints:
             )
         self.wait()
         self._on_first_rank(lambda: self._claim(folders.path_of(self.folder, step)))
-        weights, model_rest = take_apart(restoring.unwrapped(model).state_dict())
-        tied = restoring.tied_names(restoring.unwrapped(model))
-        states, optimizer_rest = take_apart(optimizer.state_dict() if optimizer is not None else None)
-        rest = {
-            "version": VERSION,
-            "step": step,
-            "model": model_rest,
-            "optimizer": optimizer_rest,
-            "extra": extra,
-            "random": restoring.random_state(),
-        }
+        contents = contents_of(step, model, optimizer, extra)
         writer = CheckpointWriter(
             folder=self.folder,
             step=step,
             keep=self.keep,
             rank=self._rank,
-            rank_bytes=_plain_bytes(rest),
-            notes={"model": {"format": "pt", "tied": json.dumps(tied)}, "optimizer": {"format": "pt"}},
+            rank_bytes=contents.rank_bytes,
+            notes=contents.notes,
         )
-        tensors = {f"model/{name}": t for name, t in weights.items() if name not in tied}
-        tensors |= {f"optimizer/{name}": t for name, t in states.items()}
-        later = _changed_by(optimizer, tensors) if self.overlap and optimizer is not None else frozenset()
+        later = contents.changed_by(optimizer) if self.overlap and optimizer is not None else frozenset()
         self._copies.later = later
         response = async_save(
-            tensors,
+            contents.tensors,
             storage_writer=writer,
             planner=PartPlanner(),
             process_group=self._group,
@@ -215,7 +164,7 @@ class Checkpoints:
         written = response.upload_completion if isinstance(response, AsyncSaveResponse) else response
         saving = Saving(step, folders.path_of(self.folder, step), 0.0, written)
         if later and optimizer is not None:
-            _wait_in_next_step(optimizer, saving, self._copies)
+            hold_step_back(optimizer, saving, self._copies)
         saving.stall_seconds += time.perf_counter() - began
         self._saving = saving
         if blocking:
@@ -298,46 +247,3 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _changed_by(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """Names of the tensors that only the optimizer's step changes: its parameters and states."""
-    params = {sharding.local_of(p).data_ptr() for group in optimizer.param_groups for p in group["params"]}
-
-    def changed(name: str, tensor: Tensor) -> bool:
-        return name.startswith("optimizer/") or sharding.local_of(tensor).data_ptr() in params
-
-    return frozenset(name for name, tensor in tensors.items() if changed(name, tensor))
-
-
-def _wait_in_next_step(optimizer: Optimizer, saving: Saving, copies: HostCopies) -> None:
-    """Let the optimizer's next step begin when all is copied."""
-    copied = copies.copied
-
-    def wait(*_: Any) -> None:
-        hook.remove()
-        began = time.perf_counter()
-        if copied is not None:
-            copied.result()
-        saving.stall_seconds += time.perf_counter() - began
-
-    hook = optimizer.register_step_pre_hook(wait)
-
-
-def _plain_bytes(rest: Mapping[str, Any]) -> bytes:
-    """Plain values as bytes that load without running code.
-
-    Raises:
-        TypeError: something in them would not.
-    """
-    buffer = io.BytesIO()
-    try:
-        torch.save(rest, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise TypeError(
-            "the checkpoint would hold something other than plain values, containers and tensors, which cannot be "
-            f"loaded without running code: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return buffer.getvalue()
