@@ -1,10 +1,18 @@
-"""A model and an optimizer to save and load: tied weights, a buffer, extra state, dropout and low-bit states."""
+"""A model and an optimizer to save and load: tied weights, a buffer, extra state, dropout and low-bit states.
+
+And a disk that can be made to wait.
+"""
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+from memopt.integrations.checkpoints import writer
 from memopt.optim import AdamW8bit
 
 
@@ -55,3 +63,15 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
+
+
+def hold_writing_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on no tensor reaches the disk before the event is set; after a minute that is a failure."""
+    go_on, write = threading.Event(), writer.write_part
+
+    def held_back(*args: Any) -> Any:
+        assert go_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(writer, "write_part", held_back)
+    return go_on

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.gpt import GPT, GPTConfig
-from memopt.integrations.checkpoints import Checkpoints, folders, latest, staging, writer
+from memopt.integrations.checkpoints import Checkpoints, folders, latest, staging
 from memopt.optim import AdamW, AdamW8bit, BlockCoordinate
-from tests.integrations.checkpointed import assert_same, made, train, values
+from tests.integrations.checkpointed import assert_same, hold_writing_back, made, train, values
 
 CONFIG = GPTConfig(layers=2, width=64, heads=2, context=16, vocabulary=64, dropout=0.1)
 
@@ -41,13 +41,7 @@ def test_training_goes_on_while_a_save_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
     """Writing cannot begin before the steps after the save are done; what is written is what there was before them."""
-    go_on, write = threading.Event(), writer.write_part
-
-    def held_back(*args: Any) -> Any:
-        assert go_on.wait(60)
-        return write(*args)
-
-    monkeypatch.setattr(writer, "write_part", held_back)
+    go_on = hold_writing_back(monkeypatch)
     model, optimizer = made()
     train(model, optimizer, range(2))
     with Checkpoints(tmp_path, overlap=overlap) as checkpoints:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from memopt.integrations.checkpoints import Checkpoints, latest, writer
+from memopt.integrations.checkpoints import Checkpoints, latest
 from tests.distributed.ranks import run_ranks
+from tests.integrations.checkpointed import hold_writing_back
 
 
 def test_what_others_call_a_checkpoint_is_neither_found_nor_deleted_nor_replaced(tmp_path: Path) -> None:
@@ -39,13 +38,7 @@ def test_what_others_call_a_checkpoint_is_neither_found_nor_deleted_nor_replaced
 def test_reading_leaves_a_save_under_way_alone_and_a_second_writer_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, write = threading.Event(), writer.write_part
-
-    def held_back(*args: Any) -> Any:
-        assert go_on.wait(60)
-        return write(*args)
-
-    monkeypatch.setattr(writer, "write_part", held_back)
+    go_on = hold_writing_back(monkeypatch)
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     with Checkpoints(tmp_path) as checkpoints:
         saving = checkpoints.save(1, model)
@@ -108,3 +101,26 @@ def test_every_rank_says_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     for found in run_ranks(_refused, 2, str(tmp_path)):
         assert [line.partition(":")[0] for line in found] == ["FileExistsError", "FileExistsError"]
         assert "is no checkpoint: move it away" in found[1]
+
+
+def _refused_contents(rank: int, folder: str) -> list[str]:
+    """The second rank's own values cannot be saved; then its file is cut short and no checksum is asked."""
+    model, found = nn.Linear(2, 2), []
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(TypeError) as refused:
+            checkpoints.save(1, model, extra=Path(folder) if rank else None)
+        found.append(str(refused.value))
+        path = checkpoints.save(2, model, extra=rank).wait()
+        if rank:
+            (path / "rank-00001.pt").write_bytes(b"cut")
+        with pytest.raises(ValueError, match="damaged") as damaged:
+            checkpoints.load(model, verify=False)
+        found.append(str(damaged.value))
+    return found
+
+
+def test_what_one_rank_cannot_save_or_load_is_refused_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(_refused_contents, 2, str(tmp_path))
+    assert first == second
+    assert "plain values" in first[0]
+    assert "rank-00001.pt is damaged" in first[1]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -21,6 +21,7 @@ from memopt.integrations.checkpoints.saving import VERSION, Saving, contents_of,
 from memopt.integrations.checkpoints.staging import HostCopies, PartPlanner
 from memopt.integrations.checkpoints.writer import CheckpointWriter
 
+Result = TypeVar("Result")
 PATIENCE_SECONDS = 1.0  # a run that only reads holds the folder while it clears leftovers away
 
 
@@ -71,18 +72,23 @@ class Checkpoints:
         if self._group is None:  # one process is what is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
-    def _on_first_rank(self, work: Callable[[], None]) -> None:
-        """Do something with the folder; what goes wrong is raised on every rank, so that none waits for another."""
-        error: list[OSError | None] = [None]
-        if self._rank == 0:
-            try:
-                work()
-            except OSError as raised:
-                error[0] = raised
+    def _agreed(self, work: Callable[[], Result]) -> Result:
+        """Do this rank's part of something; what goes wrong on one rank is raised on all, so that none waits for it."""
+        error: Exception | None = None
+        try:
+            result = work()
+        except (OSError, TypeError, ValueError) as raised:
+            error = raised
         if self._group is not None:
-            dist.broadcast_object_list(error, src=0, group=self._group)
-        if error[0] is not None:
-            raise error[0]
+            errors: list[Exception | None] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(errors, error, self._group)
+            error = error or next((one for one in errors if one is not None), None)
+        if error is not None:
+            raise error
+        return result
+
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        self._agreed(work if self._rank == 0 else lambda: None)
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +148,7 @@ class Checkpoints:
             )
         self.wait()
         self._on_first_rank(lambda: self._claim(folders.path_of(self.folder, step)))
-        contents = contents_of(step, model, optimizer, extra)
+        contents = self._agreed(lambda: contents_of(step, model, optimizer, extra))
         writer = CheckpointWriter(
             folder=self.folder,
             step=step,
@@ -205,22 +211,15 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder} has no complete checkpoint of step {chosen}; it has {found}")
         path = folders.path_of(self.folder, chosen)
         if verify:
-            self._verify(path)
-        rest = restoring.restore(path, self._rank, VERSION, model, optimizer)
-        if self._group is not None:
-            dist.barrier(self._group)
+            self._agreed(lambda: self._verify(path))
+        rest = self._agreed(lambda: restoring.restore(path, self._rank, VERSION, model, optimizer))
         return Loaded(rest["step"], rest["extra"])
 
     def _verify(self, path: Path) -> None:
         shares = 1 if self._group is None else dist.get_world_size(self._group)
         fault = checksums.fault(path, self._rank, shares)
-        faults = [fault]
-        if self._group is not None:
-            faults = [None] * shares
-            dist.all_gather_object(faults, fault, self._group)
-        found = next((one for one in faults if one is not None), None)
-        if found is not None:
-            raise ValueError(f"{found}; nothing loaded, choose another step of {self.steps()}")
+        if fault is not None:
+            raise ValueError(f"{fault}; nothing loaded, choose another step of {self.steps()}")
 
     def wait(self) -> None:
         """Wait until the save under way, if any, is complete.
