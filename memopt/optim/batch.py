@@ -37,7 +37,8 @@ class Slot:
     """One parameter of an optimizer, with what its states are and how they are kept.
 
     ``number`` is its position over all groups; with the seed, the step and the element's index it decides how the
-    stochastic rounding falls. Where there is a ``reach``, ``param`` is what it fetches for a step.
+    stochastic rounding falls. Where there is a ``reach``, ``param`` is what it fetches for a step. ``idle`` are states
+    that other options would ask for: where they are stored, from steps under these, they stay as they are.
     """
 
     param: Tensor
@@ -47,6 +48,7 @@ class Slot:
     format: StateFormat
     stored: dict[str, Any]
     reach: Reach | None = None
+    idle: tuple[State, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -135,7 +137,7 @@ class Slot:
         shown = dict(self.stored)
         if self.reach is None:
             return shown
-        for spec in self.specs:
+        for spec in (*self.specs, *self.idle):
             for key in self.kept(spec)[0].keys(spec):
                 if key in shown:
                     shown[key] = self.reach.shown(shown[key], *self._measures(spec, key))
@@ -168,6 +170,7 @@ class Batch:
         grads: one gradient per slot.
         repeated: whether the batch has served a step before: it is then worth while to prepare its passes.
         guard: what the kernels read on the device of a ``GradScaler``, where the host does not.
+        started: whether one of the states starts with this step.
     """
 
     group: Mapping[str, Any]
@@ -178,6 +181,7 @@ class Batch:
     grads: list[Tensor] = field(default_factory=list)
     repeated: bool = False
     guard: Tensor | None = None
+    started: bool = False
     _singles: list[Batch] = field(default_factory=list)
     _launches: dict[tuple[Update, str], Launch | None] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memopt.kernels import State
 from memopt.optim import sharding
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _read(
             stored = incoming["state"].get(key)
             if stored:
                 try:
-                    state[param] = _restore(optimizer.slot(number, group, param, {}), stored)
+                    state[param] = _restore(optimizer.slot(number, group, param, {}), stored, optimizer.optional)
                 except ValueError as error:
                     problems.append(f"parameter {number}: {error}")
             number += 1
@@ -138,12 +139,15 @@ def _merge(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **kept, "params": own["params"]}
 
 
-def _restore(slot: Slot, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _restore(slot: Slot, stored: Mapping[str, Any], optional: tuple[State, ...]) -> dict[str, Any]:
     """One parameter's states, copied into the slot's format and device; plain ones are encoded where needed."""
     taken = {"step", "shape"}
-    for spec in slot.specs:
+    for spec in (*slot.specs, *slot.idle):
         kept_by, extent = slot.kept(spec)
         plain = stored.get(spec.name)
+        absent = all(stored.get(key) is None for key in (spec.name, *kept_by.keys(spec)))
+        if absent and spec in optional:  # switched off, or on since the last step
+            continue
         slot.write(spec, 0.0)
         if isinstance(plain, Tensor):
             value = slot.taken(spec, spec.name, plain)

@@ -42,6 +42,7 @@ class _Kept:
         for batch, index, step in zip(self.batches, self.groups, steps, strict=True):
             batch.group = group = optimizer.param_groups[index]
             batch.step, batch.grad_scale, batch.repeated = step, optimizer.grad_factor(group), True
+            batch.started = False
             batch.grads = [param.grad for param in batch.params]  # type: ignore[misc]
         return True
 
@@ -134,16 +135,16 @@ def _gather(optimizer: RuleOptimizer) -> dict[tuple[Any, ...], Batch]:
             if grad is None or not optimizer.coverage.covers(number, param):
                 continue
             slot = optimizer.slot(number, group, param, optimizer.state[param])
-            optimizer.complete(slot, group)
+            started = optimizer.complete(slot, group)
             if slot.reach is not None:
                 slot.param, grad = slot.reach.fetch(grad)
             step = slot.stored["step"] + 1
             names = tuple([spec.name for spec in slot.specs])
             contiguous = sharding.local_of(param).is_contiguous()
-            key = (index, step, names, slot.format.name, param.dtype, grad.dtype, param.device, contiguous)
+            key = (index, step, started, names, slot.format.name, param.dtype, grad.dtype, param.device, contiguous)
             batch = batches.get(key)
             if batch is None:
-                batch = batches[key] = Batch(group, step, optimizer.grad_factor(group))
+                batch = batches[key] = Batch(group, step, optimizer.grad_factor(group), started=started)
             batch.params.append(param)
             batch.slots.append(slot)
             batch.grads.append(grad)

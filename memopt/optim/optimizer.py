@@ -44,6 +44,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     elementwise: ClassVar[bool] = True  # whether the update of an element looks at that element alone
+    optional: ClassVar[tuple[State, ...]] = ()  # states that some options ask for; kept while these are switched off
     coverage: Coverage = All()
     numbering: Mapping[Tensor, int] | None = None  # positions of parameters, where not that in the groups
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets the two tensors below for the time of a step
@@ -228,20 +229,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         specs = self.states(group, param)
         if kahan.applies(group["param_rounding"], param.dtype):
             specs = (*specs, kahan.COMPENSATION)
-        return Slot(param, number, extent, specs, chosen, stored, reach)
+        idle = tuple(spec for spec in self.optional if spec not in specs)
+        return Slot(param, number, extent, specs, chosen, stored, reach, idle)
 
     def initial_values(self, group: Mapping[str, Any]) -> Mapping[str, float]:
         """What states start from where that is not 0."""
         return {}
 
-    def complete(self, slot: Slot, group: Mapping[str, Any]) -> None:
+    def complete(self, slot: Slot, group: Mapping[str, Any]) -> bool:
         """Allocate the states that a parameter lacks: all of a new one, or what an option asks for since.
+
+        Returns:
+            Whether it lacked one.
 
         Raises:
             ValueError: its type is none that the kernels take, or its states are kept in another format.
         """
         checks.dtype(slot.param, f"parameter {slot.number}", type(self).__name__)
-        values, stored = self.initial_values(group), slot.stored
+        values, stored, started = self.initial_values(group), slot.stored, False
         lost = stored.get(kahan.COMPENSATION.name)
         if lost is not None and (kahan.COMPENSATION not in slot.specs or lost.dtype != slot.param.dtype):
             del stored[kahan.COMPENSATION.name]  # of the type that the parameter had
@@ -256,4 +261,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                     "may change; make a new optimizer, which takes the old one's states through memopt.optim.convert"
                 )
             slot.write(spec, values.get(spec.name, 0.0))
+            started = True
         stored.setdefault("step", 0)
+        return started

@@ -30,13 +30,18 @@ def block_kinds(model: nn.Module) -> dict[str, str]:
     """The kind of every parameter of a model by its name, from module structure and shapes.
 
     - embedding: what an ``nn.Embedding`` holds; an output layer tied to it too;
-    - qk, vo, qkv: layers of attention modules (:mod:`memopt.optim.attention`) and their biases;
+    - qk, vo, qkv: layers of attention modules (:mod:`memopt.optim.attention`) and their biases; qkv too where it is not
+      known what a linear layer inside one makes, as of multi-head latent attention;
     - norm: modules without children whose parameters all have one dimension;
     - ffn: the other linear layers and matrices of the smallest module that holds an attention module and any of them;
-    - other: the rest.
+    - other: the rest, tables of positions inside an attention module among them.
     """
     kinds: dict[int, str] = {}
     found = list(attentions(model))
+    inside = [module for one in found for module in model.get_submodule(one.name).modules()]
+    for module in inside:
+        if isinstance(module, nn.Embedding):
+            _take(kinds, module.parameters(), "other")
     for module in model.modules():
         held = list(module.parameters(recurse=False))
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -47,6 +52,9 @@ def block_kinds(model: nn.Module) -> dict[str, str]:
         _take(kinds, one.query_key, "qk")
         _take(kinds, one.value_output, "vo")
         _take(kinds, one.fused, "qkv")
+    for module in inside:
+        linear = linear_layer("", module) is not None
+        _take(kinds, module.parameters(recurse=False), "qkv" if linear else "other")
     for layer in _layers_around(model, found, kinds):
         for module in layer.modules():
             held = list(module.parameters(recurse=False))
@@ -61,18 +69,30 @@ def _take(kinds: dict[int, str], params: Iterable[Tensor], kind: str) -> None:
 
 
 def _layers_around(model: nn.Module, found: list[Attention], kinds: Mapping[int, str]) -> list[nn.Module]:
-    """For every attention module, the smallest module around it with matrices of no kind yet; a list is no layer."""
+    """For every attention module, the smallest module around it with matrices of no kind yet; a stack is no layer."""
+    homes = [one.name for one in found]
     layers = []
     for one in found:
         parts = one.name.split(".")
         for depth in range(len(parts) - 1, -1, -1):
-            module = model.get_submodule(".".join(parts[:depth]))
-            if isinstance(module, _LISTS):
+            name = ".".join(parts[:depth])
+            module = model.get_submodule(name)
+            if isinstance(module, _LISTS) and _is_stack(name, module, homes):
                 break
             if any(p.dim() > 1 and id(p) not in kinds for p in module.parameters()):
                 layers.append(module)
                 break
     return layers
+
+
+def _is_stack(name: str, members: nn.Module, homes: list[str]) -> bool:
+    """Whether a list holds layers, two of one class with attention each, and not the parts of one, as T5's do."""
+    prefix = f"{name}." if name else ""
+    with_attention = [
+        type(member) for key, member in members.named_children()
+        if any(f"{home}.".startswith(f"{prefix}{key}.") for home in homes)
+    ]  # fmt: skip
+    return len(set(with_attention)) < len(with_attention)
 
 
 def blockwise_lr(
@@ -86,19 +106,21 @@ def blockwise_lr(
     """Parameter groups for any optimizer, each kind of block with ``ratio * lr``.
 
     Args:
-        model: its parameters that require gradients are taken.
+        model: its parameters that require gradients are taken, each once however many modules share it.
         lr: the learning rate of norms: what a run with one rate for all would use.
         ratios: kind -> multiple of ``lr``, over those of :data:`RATIOS`; more kinds may be added.
         kinds: name of a parameter or module -> kind, for what :func:`block_kinds` cannot know.
         groups: groups with other options of their own (weight decay, ``rows_per_block`` of Adam-mini); each is cut by
-            kind and keeps its options.
+            kind and keeps its options; one with a learning rate of its own gets multiples of that. What they leave out
+            is left out.
 
     Returns:
         Groups of ``(name, parameter)`` pairs with their ``lr``; a scheduler scales them all alike. No state is added.
 
     Raises:
         ValueError: no attention module was found and ``kinds`` is not given; a name or a kind that does not exist; a
-            parameter of ``groups`` that is not the model's.
+            parameter of ``groups`` that is not the model's, or in them twice; nothing requires gradients.
+        TypeError: ``model`` is no module, or ``groups`` holds something else than groups.
 
     Examples:
         >>> layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)
@@ -108,7 +130,14 @@ def blockwise_lr(
     ratios = {**RATIOS, **(ratios or {})}
     for kind in ratios:
         checks.positive(ratios, kind)
+    checks.non_negative({"lr": lr}, "lr")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a module, whose structure tells the kinds")
     named = dict(model.named_parameters())
+    if not any(p.requires_grad for p in named.values()):
+        raise ValueError("the model has no parameter that requires gradients; nothing can be trained")
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    names_of = {id(p): name for name, p in named.items()}
     found = block_kinds(model)
     if kinds is None and not {"qk", "qkv"} & set(found.values()):
         raise ValueError(
@@ -116,23 +145,32 @@ def blockwise_lr(
             "name its parts with kinds={'module or parameter': 'qk', ...}"
         )
     for item, kind in (kinds or {}).items():
-        names = [name for name in named if name == item or name.startswith(f"{item}.")]
+        names = [names_of[id(p)] for name, p in aliases.items() if name == item or name.startswith(f"{item}.")]
         if not names:
             raise ValueError(f"kinds names {item!r}, but no parameter or module with parameters is called so")
         if kind not in ratios:
             raise ValueError(f"kinds gives {item!r} the kind {kind!r}; the kinds are {', '.join(ratios)}")
         found.update(dict.fromkeys(names, kind))
-    names_of = {id(p): name for name, p in named.items()}
     result: dict[tuple[int, str], dict[str, Any]] = {}
+    seen: set[int] = set()
     for number, group in enumerate(groups if groups is not None else [{"params": named.items()}]):
-        for item in group["params"]:
-            param = item[1] if isinstance(item, tuple) else item
+        for param in _params_of(group, number):
+            shape = tuple(param.shape)
             if id(param) not in names_of:
-                raise ValueError(
-                    f"groups[{number}] holds a parameter of shape {tuple(param.shape)} that is not the model's"
-                )
+                raise ValueError(f"groups[{number}] holds a parameter of shape {shape} that is not the model's")
+            name = names_of[id(param)]
+            if id(param) in seen:
+                raise ValueError(f"groups[{number}] holds {name!r} of shape {shape} again; list each parameter once")
+            seen.add(id(param))
             if param.requires_grad:
-                name = names_of[id(param)]
-                fresh = {**group, "params": [], "lr": lr * ratios[found[name]]}
+                fresh = {**group, "params": [], "lr": group.get("lr", lr) * ratios[found[name]]}
                 result.setdefault((number, found[name]), fresh)["params"].append((name, param))
     return list(result.values())
+
+
+def _params_of(group: Any, number: int) -> list[Tensor]:
+    """The parameters of a group as torch's optimizers take them."""
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise TypeError(f"groups[{number}] is a {type(group).__name__}; it must be a dict with 'params'")
+    items = checks.ordered(group["params"])
+    return [item[1] if isinstance(item, tuple) else item for item in items]

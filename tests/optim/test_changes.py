@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch import nn
 
+import memopt.optim as room
 from memopt.optim import SGD, AdamW, AdamW8bit, BlockCoordinate, Lion, make
 from tests.optim.coverage_models import loss_of, tiny
 from tests.optim.test_every_format import RULES, made
-from tests.optim.training import assert_same_state, copies, gradients, largest_difference, parameters, run
+from tests.optim.training import (
+    assert_same_state,
+    copies,
+    gradients,
+    largest_difference,
+    parameters,
+    run,
+    through_file,
+)
 
 SHAPES = [(70, 80), (9,)]
 
@@ -74,6 +83,46 @@ def test_states_that_an_option_asks_for_later_start_then(rule: Any, before: Any,
     run(optimizer, [2])
     assert added in optimizer.state[params[0]]
     assert optimizer.state[params[0]]["step"] == 3
+
+
+SWITCHED = [
+    ("SGD", {"lr": 0.1}, "momentum", (0.9, 0.0, 0.8)),
+    ("SGD", {"lr": 0.1, "dampening": 0.5}, "momentum", (0.0, 0.9, 0.0)),
+    ("RMSprop", {}, "momentum", (0.5, 0.0, 0.9)),
+    ("RMSprop", {}, "centered", (True, False, True)),
+    ("AdamW", {}, "amsgrad", (True, False, True)),
+    ("Adam", {}, "amsgrad", (True, False, True)),
+    ("LARS", {}, "momentum", (0.9, 0.0, 0.9)),
+]
+
+
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+@pytest.mark.parametrize(("rule", "options", "name", "values"), SWITCHED)
+def test_states_of_options_switched_off_wait_as_torchs_do(
+    rule: str, options: Any, name: str, values: Any, state: str
+) -> None:
+    """Two steps under each value: torch's values in fp32, and bitwise those of a run saved and loaded in between."""
+    if state != "fp32" and name == "centered":
+        return
+    kinds = [(getattr(room, rule), {"state": state})] * 2
+    if state == "fp32" and rule != "LARS":
+        kinds.append((getattr(torch.optim, rule), {}))
+    found = []
+    for kind, more in kinds:
+        params = parameters(SHAPES)
+        optimizer = kind(params, **{name: values[0]}, **options, **more)
+        for turn, value in enumerate(values):
+            optimizer.param_groups[0][name] = value
+            if len(found) == 1 and turn:
+                loaded = kind(params, **options, **more)
+                loaded.load_state_dict(through_file(optimizer.state_dict()))
+                optimizer = loaded
+            run(optimizer, [2 * turn, 2 * turn + 1])
+        found.append(params)
+    assert largest_difference(found[0], found[1]) == 0
+    if len(found) == 3:
+        moved = largest_difference(found[2], parameters(SHAPES))
+        assert largest_difference(found[0], found[2]) <= 2e-6 + 1e-5 * moved  # what torch's suite allows its own
 
 
 def test_a_changed_format_or_shape_is_refused_before_anything_changes() -> None:

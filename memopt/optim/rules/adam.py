@@ -60,6 +60,7 @@ class Adam(RuleOptimizer):
     """
 
     rule = "adam"
+    optional = (adamw.MAX_EXP_AVG_SQ,)
 
     def __init__(
         self,

@@ -86,6 +86,7 @@ class AdamW(RuleOptimizer):
     """
 
     rule = "adamw"
+    optional = (MAX_EXP_AVG_SQ,)
 
     def __init__(
         self,

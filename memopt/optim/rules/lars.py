@@ -49,6 +49,7 @@ class LARS(RuleOptimizer):
     """
 
     rule = "lars"
+    optional = SGD.optional
     elementwise = False
 
     def __init__(
@@ -78,7 +79,7 @@ class LARS(RuleOptimizer):
 
     def update(self, batch: Batch) -> None:
         group = {**batch.group, "decoupled_weight_decay": False}
-        update, scalars = sgd_variant(group), sgd_scalars(group, batch.step, batch.grad_scale)
+        update, scalars = sgd_variant(group), sgd_scalars(group, batch.started, batch.grad_scale)
         if group["trust"] is None:
             batch.run(update, scalars)
             return

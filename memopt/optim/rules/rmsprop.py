@@ -72,6 +72,7 @@ class RMSprop(RuleOptimizer):
     """
 
     rule = "rmsprop"
+    optional = (GRAD_AVG, MOMENTUM_BUFFER)
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ def sgd_update(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tu
 
 
 def momentum_update(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...]]:
-    """One element with momentum; ``grad_in`` is 1 less the dampening, and 1 at the first step."""
+    """One element with momentum; ``grad_in`` is 1 less the dampening, and 1 where the momentum starts."""
     (buffer,) = states
     buffer = s.momentum * buffer + s.grad_in * (g * s.grad_scale + s.l2 * p)
     return s.keep * p - s.lr * buffer, (buffer,)
@@ -49,13 +49,13 @@ def sgd_variant(group: Mapping[str, Any]) -> Update:
     return SGD_NESTEROV if group["nesterov"] else SGD_MOMENTUM
 
 
-def sgd_scalars(group: Mapping[str, Any], step: int, grad_scale: float) -> dict[str, float]:
-    """The numbers the kernels need at this step (1 for the first)."""
+def sgd_scalars(group: Mapping[str, Any], started: bool, grad_scale: float) -> dict[str, float]:
+    """The numbers the kernels need; ``started``: whether the momentum starts with this step."""
     return {
         "grad_scale": grad_scale,
         "lr": float(group["lr"]),
         "momentum": float(group["momentum"]),
-        "grad_in": 1.0 if step == 1 else 1.0 - float(group["dampening"]),
+        "grad_in": 1.0 if started else 1.0 - float(group["dampening"]),
         **checks.decay(group),
     }
 
@@ -72,7 +72,8 @@ class SGD(RuleOptimizer):
     Args:
         params: parameters, or groups of them as torch's optimizers take.
         lr: learning rate, a float or a tensor of one element.
-        momentum: decay of the momentum; at 0 nothing is kept between steps.
+        momentum: decay of the momentum; at 0 nothing is kept between steps. Set to 0 after steps with momentum it
+            leaves what there is, which goes on where it is raised again, as in torch.
         dampening: share of the gradient that does not enter the momentum.
         weight_decay: how much of the parameter joins its gradient.
         nesterov: look ahead along the momentum; needs momentum and no dampening.
@@ -83,6 +84,7 @@ class SGD(RuleOptimizer):
     """
 
     rule = "sgd"
+    optional = SGD_MOMENTUM.states
 
     def __init__(
         self,
@@ -120,4 +122,4 @@ class SGD(RuleOptimizer):
         return sgd_variant(group).states
 
     def update(self, batch: Batch) -> None:
-        batch.run(sgd_variant(batch.group), sgd_scalars(batch.group, batch.step, batch.grad_scale))
+        batch.run(sgd_variant(batch.group), sgd_scalars(batch.group, batch.started, batch.grad_scale))
