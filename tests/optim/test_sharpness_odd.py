@@ -28,7 +28,7 @@ class Latent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.num_heads, self.head_dim = 4, 10
-        self.down, self.up = nn.Linear(32, 12), nn.Linear(12, 96)
+        self.down, self.up = nn.Linear(32, 12), nn.Linear(12, 120)
         self.norm = nn.RMSNorm(12)
         self.sinks = nn.Parameter(torch.zeros(4))
 
