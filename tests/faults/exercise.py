@@ -32,7 +32,7 @@ from memopt.kernels import (
 from memopt.optim import make
 from memopt.optim.registry import rules_by_name
 from memopt.planner import Buffer, place
-from tests.offload import test_arena
+from tests.offload import test_arena, test_arena_sharing
 
 SHAPES = ((3, 257), (7,), (), (0,), (5, 128), (1, 1023), (2, 3, 5))
 FEW = (("adamw", "8bit"), ("adamw", "4bit"))
@@ -87,7 +87,7 @@ def arena() -> None:
     for seed in range(2):
         test_arena.test_replayed_steps_lie_where_the_plan_says(seed)
         test_arena.test_steps_off_the_plan_follow_the_oracle(seed)
-    test_arena.test_threads_share_no_address()
+    test_arena_sharing.test_threads_share_no_address()
 
 
 def addresses() -> None:

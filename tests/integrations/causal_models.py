@@ -62,13 +62,21 @@ def build(name: str, seed: int = 0, **options: Any) -> nn.Module:
     return model
 
 
-def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+def _batch() -> tuple[Tensor, Tensor]:
     """(tokens, labels) of shape (B, T), the first labels ignored."""
-    draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, V, (B, T), generator=draw)
+    tokens = torch.randint(3, V, (B, T), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()
     labels[0, :5] = -100
     return tokens, labels
+
+
+TOKENS, LABELS = _batch()
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    """The logits of the one batch that most tests run."""
+    logits: Tensor = model(input_ids=TOKENS).logits
+    return logits
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 import memopt
 from memopt.integrations.lazy_logits import LazyLogits
-from tests.integrations.causal_models import CHUNK_BYTES, NoLogits, batch, build, gradients
+from tests.integrations.causal_models import CHUNK_BYTES, LABELS, TOKENS, NoLogits, build, gradients
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks the old name
@@ -22,7 +22,6 @@ CASES: dict[str, dict[str, Any]] = {
     "trained copy": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "dora": {"target_modules": ["lm_head"], "use_dora": True},
 }
-TOKENS, LABELS = batch()
 
 
 def adapted(model: Any, case: str) -> Any:

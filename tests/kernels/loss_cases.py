@@ -12,6 +12,7 @@ from torch import Tensor
 from memopt.kernels.losses import dense_linear_cross_entropy, linear_cross_entropy
 
 NAMES = ("loss", "log_sum_exp", "entropy", "accuracy", "hidden", "weight", "bias", "logit_scale")
+TARGET = torch.tensor([1, 2, 3, -100, 5, 8])  # six rows, a vocabulary of nine
 
 
 @dataclass
@@ -117,3 +118,8 @@ def ratio_limit(ours: Tensor, plain: Tensor, truth: Tensor) -> float:
         parts = (value.double() - truth).square().reshape(value.shape[0] if value.dim() else 1, -1).sum(1)
         spread += float(parts.square().sum() / parts.sum().square().clamp_min(1e-300))
     return math.exp(4 * 0.5 * math.sqrt(spread))
+
+
+def small_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Hidden states and weights for ``TARGET``."""
+    return torch.randn(6, 8, dtype=dtype).requires_grad_(), torch.randn(9, 8, dtype=dtype).requires_grad_()
