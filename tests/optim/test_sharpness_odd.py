@@ -82,7 +82,7 @@ class Bare(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.tables = nn.ParameterList([torch.zeros(4, 4), torch.zeros(3)])
         self.block = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4, kdim=16, vdim=24), "mix": feed()})
-        self.attention_alone = Latent()
+        self.other = nn.ModuleDict({"latent": Latent(), "mix": feed()})
 
 
 def conv_net() -> nn.Module:
@@ -129,7 +129,7 @@ def test_lists_of_parts_are_layers_and_stacks_are_not() -> None:
 
 def test_what_an_attention_module_holds_besides() -> None:
     kinds = block_kinds(Bare())
-    latent = {name.split(".")[1]: kind for name, kind in kinds.items() if name.startswith("attention_alone")}
+    latent = {name.split(".")[2]: kind for name, kind in kinds.items() if ".latent." in name}
     assert latent == {"down": "qkv", "up": "qkv", "norm": "norm", "sinks": "other"}
     assert (kinds["scale"], kinds["tables.0"]) == ("other", "other")
     assert kinds["block.attention.k_proj_weight"] == "qk"
