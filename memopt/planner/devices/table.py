@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from memopt.files import write_whole
 from memopt.planner.naming import unknown
-from memopt.planner.strict_json import read_json
+from memopt.planner.strict_json import from_json, read_json
 
 _FOLDER = "hardware"
 _LARGEST = 1e30  # of any rate or size: nothing is near it, and what is computed from it stays finite
@@ -183,39 +182,26 @@ def physical_memory_bytes() -> int:
 
 
 def _parse(values: Any, where: str) -> Hardware:
-    if not isinstance(values, Mapping):
-        raise HardwareError(f"hardware file {where!r} must hold one JSON object, not {type(values).__name__}")
-    known = {field.name: field for field in fields(Hardware)}
-    missing = sorted(set(known) - set(values) - {"matches"})
-    unknown = sorted(set(values) - set(known))
-    if missing or unknown:
-        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
-        raise HardwareError(f"hardware file {where!r}: {'; '.join(parts)}")
-    for name, value in values.items():
-        _check_value(name, value, str(known[name].type), where)
-    return Hardware(**{**values, "matches": tuple(values.get("matches", ()))})
+    whole = f"hardware file {where!r}"
+    try:
+        found = from_json(Hardware, values, whole)
+    except ValueError as error:
+        raise HardwareError(str(error)) from error
+    for name, value in asdict(found).items():
+        if type(value) in (int, float):
+            _check_number(name, value, whole)
+    for dtype, rate in found.flops_per_second.items():
+        _check_number(f"flops_per_second.{dtype}", rate, whole)
+    if "float32" not in found.flops_per_second:
+        raise HardwareError(f"{whole}.flops_per_second has no float32, which other dtypes fall back on")
+    if found.kind not in ("cuda", "rocm", "cpu"):
+        raise HardwareError(f"{whole}.kind must be cuda, rocm or cpu, not {found.kind!r}")
+    return found
 
 
-def _check_value(name: str, value: Any, kind: str, where: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+def _check_number(name: str, value: float, whole: str) -> None:
     zero_allowed = name.startswith(("to_host", "from_host", "peer"))
-    if kind in ("int", "float"):
-        whole = kind == "float" or isinstance(value, int)
-        if not number or not whole or not (0 < value <= _LARGEST or (zero_allowed and value == 0)):
-            raise HardwareError(f"hardware file {where!r}: {name} must be a positive {kind}, not {value!r}")
-        if name.endswith("_efficiency") and value > 1:
-            raise HardwareError(f"hardware file {where!r}: {name} is a share of the peak, at most 1, not {value!r}")
-    elif name == "flops_per_second":
-        rates = value.values() if isinstance(value, Mapping) else ()
-        if "float32" not in (value if isinstance(value, Mapping) else ()) or not all(
-            isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= _LARGEST for rate in rates
-        ):
-            raise HardwareError(f"hardware file {where!r}: {name} must map dtypes, float32 among them, to FLOP/s")
-    elif kind == "str" and not isinstance(value, str):
-        raise HardwareError(f"hardware file {where!r}: {name} must be text, not {value!r}")
-    elif kind == "bool" and not isinstance(value, bool):
-        raise HardwareError(f"hardware file {where!r}: {name} must be true or false, not {value!r}")
-    elif name == "kind" and value not in ("cuda", "rocm", "cpu"):
-        raise HardwareError(f"hardware file {where!r}: kind must be cuda, rocm or cpu, not {value!r}")
-    elif name == "matches" and not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
-        raise HardwareError(f"hardware file {where!r}: matches must be a list of texts, not {value!r}")
+    if not (0 < value <= _LARGEST or (zero_allowed and value == 0)):
+        raise HardwareError(f"{whole}.{name} must be a positive number, not {value!r}")
+    if name.endswith("_efficiency") and value > 1:
+        raise HardwareError(f"{whole}.{name} is a share of the peak, at most 1, not {value!r}")
