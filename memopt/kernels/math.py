@@ -73,7 +73,7 @@ def rough_sqrt(x: Number) -> Number:
 
 
 def root4(x: Number) -> Number:
-    """Fourth root; within codecs an estimate to 2**-13."""
+    """Fourth root; within codecs an estimate to 2**-10."""
     return _unary("root4", lambda v: _math.sqrt(_math.sqrt(v)), lambda t: t.sqrt().sqrt(), x)
 
 

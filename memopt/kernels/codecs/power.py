@@ -92,8 +92,11 @@ class FourthRoot(Codec):
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
         a = _above_first(x * inverse, 2.0**-8, None if noise is not None else self.unit)
         # As above with quarters: h = H / 8. Sixteen times the turn, plus 4, is (H**2 + 1) (H**2 + 5 + 8 noise H), as
-        # (k**4 + (k+1)**4) / 2 = (H**4 + 6 H**2 + 1) / 16 and (k+1)**4 - k**4 = H (H**2 + 1) / 2.
-        k = km.root4(a) + (_QUARTERS - 0.125)
+        # (k**4 + (k+1)**4) / 2 = (H**4 + 6 H**2 + 1) / 16 and (k+1)**4 - k**4 = H (H**2 + 1) / 2. The cell is that of
+        # the turn next to a: where the estimate leads to another one, a lies between its turn and the right one, which
+        # both give the same code.
+        root = km.root4(a)
+        k = (root if noise is None else km.fma(noise, -0.25, root)) + (_QUARTERS - 0.125)
         h = k - (_QUARTERS - 0.125)
         r = km.fma(h, h, 2.0**-6)
         other = r + 0.0625

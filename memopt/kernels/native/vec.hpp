@@ -62,7 +62,7 @@ INLINE vf mul_add(vf a, vf b, vf c) {
 #endif
 }
 INLINE vf vrsqrt(vf x) { return splat(1) / vsqrt(x); }
-INLINE vf vneg(vf x) { return as_f(as_u(x) ^ splat_u(0x80000000u)); }
+INLINE vf vneg(vf x) { return -x; }
 INLINE vf vcopysign(vf x, vf like) {
 #if MEMOPT_AVX512
     return (vf)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)like, _mm512_set1_epi32(0x7fffffff), 0xe4);
@@ -92,12 +92,12 @@ INLINE vf vsqrt_rough(vf x) {
     return vsqrt(x);
 #endif
 }
-// The fourth root to 2**-13 for x > 0.
+// The fourth root to 2**-10 for x > 0.
 INLINE vf vroot4_fast(vf x) {
-#if MEMOPT_AVX512
+#if MEMOPT_AVX512 || MEMOPT_AVX2
     return rsqrt_estimate(rsqrt_estimate(x));
 #else
-    return vsqrt_newton(vsqrt_newton(x));
+    return vsqrt(vsqrt(x));
 #endif
 }
 INLINE vf vstep_down(vf x, vf d) { return as_f(as_u(x) + (vu)((vi)d >> 31)); }
