@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from memopt.optim import AdamW, AdamW8bit, BlockCoordinate, LowRankDCT, Split
+from memopt.optim import AdamW, BlockCoordinate, LowRankDCT, Split
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import assert_bitwise, assert_close, made, run, whole
 
@@ -104,9 +104,9 @@ def test_sharded_is_bitwise_the_unsharded(name: str, state: str, dtype: torch.dt
         assert_bitwise(got, expected)
 
 
-def save(rank: int, folder: str, name: str, dtype: torch.dtype, at: int) -> None:
+def save(rank: int, folder: str, name: str, base: str, dtype: torch.dtype, at: int) -> None:
     _, model = made("fsdp" if dist.get_world_size() > 1 else "plain", dtype)
-    optimizer = build(model, name, AdamW8bit)
+    optimizer = build(model, name, base)
     advance(model, optimizer, range(at))
     before = optimizer.position
     stored = {"model": dict(model.named_parameters()), "optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -114,9 +114,9 @@ def save(rank: int, folder: str, name: str, dtype: torch.dtype, at: int) -> None
     dcp.save({**stored, "position": before}, checkpoint_id=folder)
 
 
-def resume(rank: int, folder: str, name: str, dtype: torch.dtype, at: int) -> dict[str, Tensor]:
+def resume(rank: int, folder: str, name: str, base: str, dtype: torch.dtype, at: int) -> dict[str, Tensor]:
     _, model = made("fsdp" if dist.get_world_size() > 1 else "plain", dtype)
-    optimizer = build(model, name, AdamW8bit, lr=1.0)
+    optimizer = build(model, name, base, lr=1.0)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -132,16 +132,25 @@ def resume(rank: int, folder: str, name: str, dtype: torch.dtype, at: int) -> di
     return advance(model, optimizer, range(at, 10))
 
 
-@pytest.mark.parametrize(("before", "after", "at"), [(2, 2, 3), (2, 3, 4), (3, 1, 5), (1, 2, 5)])
-@pytest.mark.parametrize("name", ["blocks", "split blocks", "split columns", "low rank"])
+CONTINUED = [
+    ("blocks", "adamw8bit", torch.bfloat16),
+    ("greedy", "adamw4bit", torch.float32),
+    ("split blocks", "lion8bit", torch.bfloat16),
+    ("split columns", "adamw8bit", torch.float32),
+    ("low rank", "adamw8bit", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "at"), [(2, 2, 3), (2, 3, 4), (2, 1, 5), (3, 1, 5), (1, 2, 5)])
+@pytest.mark.parametrize(("name", "base", "dtype"), CONTINUED, ids=str)
 def test_checkpoints_continue_the_cycle_on_another_number_of_ranks(
-    name: str, before: int, after: int, at: int, tmp_path: Path
+    name: str, base: str, dtype: torch.dtype, before: int, after: int, at: int, tmp_path: Path
 ) -> None:
-    dtype = torch.bfloat16 if name == "blocks" else torch.float32
-    run_ranks(save, before, str(tmp_path), name, dtype, at)
+    """Visits last 2 or 3 steps: after 3, 4 and 5 steps of each some are in the middle of one and some between two."""
+    run_ranks(save, before, str(tmp_path), name, base, dtype, at)
     _, model = made("plain", dtype)
-    expected = advance(model, build(model, name, AdamW8bit), range(10))
-    for got in run_ranks(resume, after, str(tmp_path), name, dtype, at):
+    expected = advance(model, build(model, name, base), range(10))
+    for got in run_ranks(resume, after, str(tmp_path), name, base, dtype, at):
         if name == "low rank":  # sums over ranks and matrix products of parts round differently
             assert_close(got, expected, 1e-3, 2e-3)
         else:
