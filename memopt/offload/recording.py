@@ -10,80 +10,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memopt.offload.operators import RESHAPES, SHAPE_ONLY, UNWRITTEN, needs_data, written_positions
 from memopt.offload.template import Kind, Layout, OpTemplate, Output, Pack, Template, Value
-from memopt.offload.trees import operands, operands_and_constants
+from memopt.offload.trees import operands_and_constants
 from memopt.planner.signature import Entry, block_signature, describe
 
 if TYPE_CHECKING:
     from memopt.offload.partitioned import Partitioned
-
-# Batch norms that change the running statistics without saying so in their schema: positions of those arguments.
-_SILENT_WRITES = {
-    "aten::native_batch_norm": (3, 4, 5),
-    "aten::cudnn_batch_norm": (3, 4, 5),
-    "aten::miopen_batch_norm": (3, 4, 5),
-}
-# These change a tensor's shape in place, which a stand-in without data cannot follow.
-_RESHAPES = frozenset(
-    f"aten::{name}"
-    for name in (
-        "t_",
-        "transpose_",
-        "squeeze_",
-        "unsqueeze_",
-        "swapdims_",
-        "swapaxes_",
-        "resize_",
-        "resize_as_",
-        "set_",
-    )
-)
-_UNWRITTEN = frozenset(
-    {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
-)
-# Return plain numbers that depend on shapes only; every other number that an operation returns depends on data.
-_SHAPE_ONLY = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_fused_sdp_choice",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention",
-        "is_same_size",
-        "sym_numel",
-        "sym_size",
-    )
-)
-
-
-def written_positions(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
-) -> tuple[int, ...]:
-    """Which operands an operation overwrites, by their place in ``operands(args, kwargs)``."""
-    name = func._schema.name
-    if name in _SILENT_WRITES:
-        first, second, training = _SILENT_WRITES[name]
-        changed = [args[first], args[second]] if len(args) > training and args[training] else []
-        changed = [tensor for tensor in changed if isinstance(tensor, Tensor)]
-    elif not func._schema.is_mutable:
-        return ()
-    else:
-        changed = []
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
-                changed.extend(operands((value,), {}))
-    return tuple(n for n, tensor in enumerate(tensors) if any(tensor is other for other in changed))
-
-
-def needs_data(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether what comes out is a number, or has a shape, that depends on data."""
-    if torch.Tag.data_dependent_output in func.tags:
-        return True
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    if func._schema.name == "aten::index":
-        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return True
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -253,13 +186,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         versions = self.template.versions
         made = [self.value(item) for item, o in zip(items, outputs, strict=True) if o.fresh]
         made += [(reads[p][0], versions[reads[p][0]]) for p in written if reads[p][0] >= 0]
-        if name in _UNWRITTEN:
+        if name in UNWRITTEN:
             self._unwritten.update(made)
         elif any(read in self._unwritten for n, read in enumerate(reads) if n not in written) and any(
             o.fresh or o.constant is not None for o in outputs
         ):
             self.template.opaque = self.template.opaque or "a kernel that writes behind PyTorch's back"
-        if name in _RESHAPES:
+        if name in RESHAPES:
             self.template.opaque = (
                 self.template.opaque or f"{name.removeprefix('aten::')} changes a tensor's shape in place"
             )
@@ -267,7 +200,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(item, Tensor) and (item.is_conj() or item.is_neg()):
                 self.template.opaque = self.template.opaque or "a lazily conjugated or negated tensor"
         forced = needs_data(func, args) or (
-            any(not isinstance(item, Tensor) and item is not None for item in items) and name not in _SHAPE_ONLY
+            any(not isinstance(item, Tensor) and item is not None for item in items) and name not in SHAPE_ONLY
         )
         container = type(output) if isinstance(output, (tuple, list)) else None
         self.template.ops.append(

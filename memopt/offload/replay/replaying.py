@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.offload.ambient import no_autocast
 from memopt.offload.errors import ReplayError
-from memopt.offload.recording import written_positions
+from memopt.offload.operators import written_positions
 from memopt.offload.replay.standin import StandIn, stand_in
 from memopt.offload.replay.tape import Chain, Hole, Key, Node, Tape
 from memopt.offload.template import Layout, OpTemplate, Template

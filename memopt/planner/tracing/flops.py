@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
+from memopt.planner.silent_writes import silent_writes
 from memopt.planner.tracking import tensors_in
 
 _GATHERS = frozenset({"embedding", "index", "index_select", "gather", "take"})
@@ -96,8 +97,8 @@ def moved_bytes(func: Any, args: Any, kwargs: Any, output: Any) -> tuple[int, in
 
 
 def mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation writes in place, by its schema."""
-    found: list[Tensor] = []
+    """The tensors that an operation writes in place, by its schema or without saying so."""
+    found = list(tensors_in(silent_writes(func._schema.name, args)))
     if not func._schema.is_mutable:
         return found
     for position, argument in enumerate(func._schema.arguments):
