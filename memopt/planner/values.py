@@ -114,7 +114,8 @@ class SavedStorage:
     ``index`` counts the call's distinct saved storages in the order in which autograd first packs them, leaving out
     parameters, buffers and the storages of the block's inputs: trace and runtime see the same order. ``dtype`` is that
     of the tensor that autograd packed first, "" where it is not known. ``token_wise`` says that it can be cut along
-    tokens.
+    tokens. ``let_go`` is the first operation before which nobody but autograd holds it any more: variables of a forward
+    that still runs hold what no operation reads again. 0 where that is not known.
     """
 
     index: int
@@ -123,6 +124,7 @@ class SavedStorage:
     producer: int
     token_wise: bool
     dtype: str = ""
+    let_go: int = 0
 
 
 @dataclass(frozen=True)

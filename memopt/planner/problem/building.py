@@ -157,7 +157,7 @@ class Builder:
         touches = self.touches.get(saved.storage, [])
         forward = [op for op in touches if op < times.backward_start]
         backward = [op for op in touches if op >= times.backward_start]
-        end = max(forward, default=storage.birth) + 1
+        end = max(max(forward, default=storage.birth) + 1, saved.let_go)
         if storage.birth < self.trace.blocks[position].forward[0]:
             end = max(end, times.forward_stop)  # an input
         return Site(

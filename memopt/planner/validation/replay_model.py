@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from memopt.planner.values import Block, Op, Trace
+from memopt.planner.values import Block, Category, Op, Storage, Trace
 
 Value = tuple[int, int]
+
+SMALL_BYTES = 2**16  # a buffer of at most so many bytes is copied in any case: a replay that strays may read it
 
 
 class ReplayModel:
@@ -25,9 +27,12 @@ class ReplayModel:
     """
 
     def __init__(self, trace: Trace, block: Block, wanted: set[int], exact: set[int]) -> None:
-        births = {storage.id: storage.birth for storage in trace.storages}
+        storages = {storage.id: storage for storage in trace.storages}
         ops = trace.ops[block.forward[0] : block.forward[1]]
-        self.inside = {s for op in ops for s in op.writes if births[s] >= block.forward[0]}
+        self.inside = {s for op in ops for s in op.writes if storages[s].birth >= block.forward[0]}
+        self.outside: dict[int, tuple[Storage, int]] = {}
+        for op in reversed(ops):
+            self.outside.update({s: (storages[s], op.index) for s in op.writes if s not in self.inside})
         self.wanted, self.exact = wanted & self.inside, exact & self.inside
         self.unwritten = wanted - self.inside
         self.reads: dict[int, list[Value]] = {}
@@ -66,6 +71,18 @@ class ReplayModel:
                 todo += self.reads[self.producer[value]]
         return sources, ops
 
+    def copies(self) -> list[int]:
+        """Storages from outside that must be copied before the block overwrites them."""
+        run = set[int]().union(*(self.cone(storage)[1] for storage in self.wanted))
+        found = []
+        for number, (storage, first_write) in sorted(self.outside.items()):
+            buffer = storage.category is Category.WEIGHTS
+            small = buffer and storage.bytes <= SMALL_BYTES
+            # A later call may change a buffer again; an input stays as this call leaves it.
+            if small or any(number in self.ops[op].reads and (buffer or op <= first_write) for op in run):
+                found.append(number)
+        return found
+
     def _start(self) -> None:
         """Counts the reads that are still to come."""
         needed = {(s, self.final[s]) for s in self.wanted}
@@ -81,16 +98,16 @@ class ReplayModel:
         self,
         storage: int,
         load: Callable[[int], None],
-        run: Callable[[Op, list[int]], None],
-        drop: Callable[[int], None],
+        run: Callable[[Op, list[Value]], None],
+        drop: Callable[[Value], None],
     ) -> None:
         """Bring a recomputed storage back.
 
         Args:
             storage: which.
             load: called with each saved storage that is read.
-            run: called with each operation that runs and the storages that it allocates.
-            drop: called with each storage that has been read for the last time.
+            run: called with each operation that runs and the values that it puts into buffers of their own.
+            drop: called with each value that has been read for the last time, or is about to be overwritten.
         """
         if not self.started:
             self._start()
@@ -98,17 +115,34 @@ class ReplayModel:
             for value in self.reads[index]:
                 if self.loadable(value):
                     load(value[0])
-            made = [s for s, _ in self.makes[index]]
-            before = {s for s, version in self.makes[index] if (s, version - 1) in self.there}
-            run(self.ops[index], [s for s in made if s not in before])
-            self.there.update(self.makes[index])
             for s, version in self.makes[index]:
-                self.there.discard((s, version - 1))
-            for value in (*self.reads[index], *self.makes[index]):
-                self.uses[value] -= value in self.reads[index]
-                if self.uses[value] <= 0 and value in self.there:
-                    self.there.discard(value)
-                    drop(value[0])
+                before = s, version - 1
+                # What somebody else will read is copied before it is overwritten.
+                if before in self.there and self.uses[before] <= (before in self.reads[index]):
+                    self.there.discard(before)
+                    drop(before)
+            self.there.update(self.makes[index])
+            run(self.ops[index], self.makes[index])
+            for value in self.reads[index]:
+                self._used(value, drop)
+            for value in self.makes[index]:
+                self._drop_unused(value, drop)
+
+    def done(self, storage: int, drop: Callable[[Value], None]) -> None:
+        """Backward does not need a recomputed storage any more; another replay still may."""
+        if self.started:
+            self._used((storage, self.final[storage]), drop)
+        else:
+            self.wanted.discard(storage)
+
+    def _used(self, value: Value, drop: Callable[[Value], None]) -> None:
+        self.uses[value] -= 1
+        self._drop_unused(value, drop)
+
+    def _drop_unused(self, value: Value, drop: Callable[[Value], None]) -> None:
+        if self.uses[value] <= 0 and value in self.there:
+            self.there.discard(value)
+            drop(value)
 
     def _missing(self, value: Value) -> list[int]:
         found: set[int] = set()
