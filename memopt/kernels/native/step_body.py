@@ -84,7 +84,7 @@ class Body:
             if self.late is not None:
                 lines.append("if (__builtin_expect(rare, 0)) memcpy(param, kept, n * sizeof(P));")
         for j in self.coded:
-            lines += self._pack(j)
+            lines += [self._narrow(j), *self._pack(j)]
         for k in range(len(self.sums)):
             lines.append(f"for (int i = 0; i < W; i++) sums[{k}] += sum{k}[i];")
         return "\n    ".join(lines) + "\n}\n"
@@ -112,7 +112,8 @@ class Body:
         words = [f"Words words{d}[] = {{{{key{d}, index + from}}, {{key{d}, index + from + {half}}}}};" for d in draws]
         encodes = not after
         states = [j for j in self.paired if not encodes or j in self.coded]
-        stores = [f"store_nibbles(packed{j} + from / 2 + i, out{j}[0], out{j}[1]);" for j in states]
+        place = "from / 2 + i"
+        stores = [f"keep_nibbles(packed{j} + {place}, new{j} + {place}, out{j}[0], out{j}[1]);" for j in states]
         return [
             "if (whole) {",
             f"for (int from = 0; from < n; from += {self.segment}) {{",
@@ -297,7 +298,10 @@ class Body:
         return lines
 
     def _second_element(self, how: str) -> list[str]:
-        """The second pass: encode the new states, and update the parameter where nothing else is needed for it."""
+        """The second pass: encode the new states, and update the parameter where nothing else is needed for it.
+
+        Codes may stay in the buffers, over values already encoded, until they are narrowed all at once.
+        """
         kind, tail = self.kind, how == "tail"
         lines = [] if tail or self.late is None else [f"prefetch(param + j + {PREFETCH});"]
         lines += self._words(self._late_slots, how)
@@ -307,9 +311,9 @@ class Body:
             if how == "pair" and j in self.paired:
                 lines.append(f"out{j}[second] = as_u(e{j});")
             elif tail:
-                lines.append(f"{{ uint8_t some[W]; store_codes(some, e{j}); memcpy(codes{j} + j, some, m); }}")
+                lines.append(f"keep_codes_some(codes{j} + j, new{j} + j, e{j}, m);")
             else:
-                lines.append(f"store_codes(codes{j} + j, e{j});")
+                lines.append(f"keep_codes(codes{j} + j, new{j} + j, e{j});")
         return [*lines, *self._late_update(how)]
 
     def _late_update(self, how: str) -> list[str]:
@@ -368,6 +372,11 @@ class Body:
         lines = [f"Scale s = {scale};", f"scales{j}[block{j} + k] = s.scale;", f"inverses{j}[k] = s.inverse;"]
         # peeled, the few rounds of this loop wait for each other's divisions
         return ["#pragma GCC unroll 1", *self._each_block(j, codec, [*lines, *more])]
+
+    def _narrow(self, j: int) -> str:
+        if j in self.paired:
+            return f"narrow(whole ? packed{j} : codes{j}, new{j}, whole ? n / 2 : n);"
+        return f"narrow(codes{j}, new{j}, n);"
 
     def _pack(self, j: int) -> list[str]:
         codec = self.kind.stored[j]

@@ -12,7 +12,7 @@ from memopt.kernels.native.cpp import Printer, codec_functions, has_factors, hea
 from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor
 from memopt.kernels.native.step_body import Body, StepKind
 
-TILE = 256  # elements whose new states wait in buffers at once
+TILE = 1024  # elements whose new states wait in buffers at once; what is done once for a tile hardly counts
 
 
 def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:

@@ -157,6 +157,19 @@ template <class T> INLINE void store_noisy_some(T* p, vf v, vu noise, int n) {
 }
 // a code is the low byte of BIAS + code: see memopt/kernels/codecs/base.py
 INLINE void store_codes(uint8_t* p, vf x) { store_bytes(p, (vi)x); }
+// Codes on their way to p: there at once where narrowing is one instruction, else in a buffer; narrow() brings them.
+#if MEMOPT_NARROWS
+INLINE void keep_codes(uint8_t* p, float*, vf x) { store_codes(p, x); }
+INLINE void keep_codes_some(uint8_t* p, float*, vf x, int n) {
+    uint8_t some[W];
+    store_codes(some, x);
+    memcpy(p, some, n);
+}
+INLINE void narrow(uint8_t*, const float*, int) {}
+#else
+INLINE void keep_codes(uint8_t*, float* buffer, vf x) { store(buffer, x); }
+INLINE void keep_codes_some(uint8_t*, float* buffer, vf x, int n) { store_some(buffer, x, n); }
+#endif
 INLINE vf load_codes_some(const uint8_t* p, int n) {
     uint8_t x[W] = {};
     memcpy(x, p, n);

@@ -43,6 +43,12 @@ INLINE vf load_codes(const uint8_t* p) { return to_float(load_bytes(p)); }
 INLINE void store_bytes(uint8_t* p, vi a) {
     for (int i = 0; i < W; i++) p[i] = (uint8_t)a[i];
 }
+INLINE void narrow(uint8_t* __restrict p, const float* __restrict x, int n) {
+    const vu_any* bits = (const vu_any*)x;
+    int i = 0;
+    for (; i + W <= n; i += W) store_bytes(p + i, (vi)bits[i / W]);
+    for (; i < n; i++) p[i] = (uint8_t)bits[i / W][i % W];
+}
 INLINE vu load_u16(const uint16_t* p) {
     vu a;
     for (int i = 0; i < W; i++) a[i] = p[i];
