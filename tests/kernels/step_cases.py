@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from memopt.kernels import Codec, Quantized, State, Update, dequantize_blockwise, get_codec, quantize_blockwise, step
 from memopt.kernels import math as km
 
+ROUNDING = 2.0**-24  # of float32, relative
+SMALLEST = 3e-45  # two units of the smallest float32
 SCALARS = {"lr": 1e-2, "lr_hat": 1.3e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": 0.05}
 
 
@@ -119,14 +122,61 @@ def brute_force_excess(x: Tensor, q: Quantized) -> Tensor:
 
 def neighbours_differ(a: Quantized, b: Quantized) -> float:
     """The share of elements whose codes differ, after checking that they differ by neighbouring values only."""
-    levels = a.codec.values().unique()
-    x, y = value(a), value(b)
-    differ = x != y
-    if differ.any():
-        scale = a.scales.reshape(-1, a.scales.shape[-1])[:, a.codec.blocks(a.shape).index()].reshape(x.shape)
-        place = [torch.bucketize((t / scale)[differ] * (1 - 1e-5), levels) for t in (x, y)]
-        assert (place[0] - place[1]).abs().max() <= 1
-    return differ.float().mean().item() if x.numel() else 0.0
+    if not value(a).numel():
+        return 0.0
+    levels = a.codec.values().double().unique()
+    between = (levels[1:] + levels[:-1]) / 2
+    places = []
+    for q in (a, b):
+        scale = q.scales.reshape(-1, q.scales.shape[-1])[:, q.codec.blocks(q.shape).index()].reshape(q.shape).double()
+        places.append(torch.bucketize(torch.where(scale > 0, value(q) / scale, 0.0), between))
+    steps = (places[0] - places[1]).abs()
+    assert steps.max() <= 1
+    return (steps > 0).double().mean().item()
+
+
+def most_undecided(q: Quantized, roundings: int = 4) -> float:
+    """The largest share of codes in which two correct implementations may differ.
+
+    Both know a value only to some roundings of 2**-24 of its scale, so that one that lies twice as near to a boundary
+    between two of n levels may go either way: of values spread over the levels a share of 4 * roundings * 2**-24 * n.
+    Their count is Poisson's; four of its standard deviations and a single one more are granted.
+    """
+    count = q.codes.numel() * 8 // q.codec.bits
+    expected = 4 * roundings * ROUNDING * 2**q.codec.bits * count
+    return (expected + 4 * math.sqrt(expected) + 1) / max(1, count)
+
+
+def check_parameters(ours: Tensor, oracle: Tensor, before: Tensor) -> None:
+    """Two implementations of a step of ``ADAMW`` whose moments agree, element by element.
+
+    Each rounds the new parameter three times (the factor of decay, the product with it, the difference) and its change
+    eight times (two products and two roots in it, eps, the quotient, lr); below 32 bits the two may land on neighbours.
+    """
+    wide, start = oracle.double(), before.double()
+    bound = ROUNDING * (6 * wide.abs() + 16 * (wide - start).abs()) + SMALLEST
+    if oracle.dtype != torch.float32:
+        bound += torch.finfo(oracle.dtype).eps * wide.abs() + torch.finfo(oracle.dtype).smallest_normal
+    both_nan = ours.isnan() & oracle.isnan()
+    assert (((ours.double() - wide).abs() <= bound) | both_nan).all()
+
+
+def check_state(ours: Tensor | Quantized, oracle: Tensor | Quantized, roundings: int = 4) -> None:
+    """A moment after the same step of two implementations, each within some roundings of the exact one.
+
+    Two of them make the first moment out of a gradient, three the second; the scale is a moment, the codes neighbours.
+    """
+    if isinstance(oracle, Quantized) and isinstance(ours, Quantized):
+        torch.testing.assert_close(ours.scales, oracle.scales, rtol=2 * roundings * ROUNDING, atol=SMALLEST)
+        assert neighbours_differ(oracle, ours) <= most_undecided(oracle, roundings)
+    else:
+        assert isinstance(oracle, Tensor)
+        assert isinstance(ours, Tensor)
+        info = torch.finfo(oracle.dtype)
+        one_place = 0.0 if oracle.dtype == torch.float32 else info.eps
+        least = max(SMALLEST, info.eps * info.smallest_normal)
+        rtol = one_place + 2 * roundings * ROUNDING
+        torch.testing.assert_close(ours, oracle, rtol=rtol, atol=least, equal_nan=True)
 
 
 def requantized(x: Tensor, name: str, **options: Any) -> Quantized:
