@@ -157,13 +157,16 @@ class Builder:
         touches = self.touches.get(saved.storage, [])
         forward = [op for op in touches if op < times.backward_start]
         backward = [op for op in touches if op >= times.backward_start]
-        end = max(max(forward, default=storage.birth) + 1, saved.let_go)
-        if storage.birth < self.trace.blocks[position].forward[0]:
-            end = max(end, times.forward_stop)  # an input
+        last = max(forward, default=storage.birth)
+        end = max(last + 1, saved.let_go)
+        if storage.birth < self.trace.blocks[position].forward[0]:  # an input
+            end = max(end, times.forward_stop)
+            last = end - 1
         return Site(
             bytes=saved.bytes,
             dtype=saved.dtype,
             birth=storage.birth,
+            last_use=last,
             forward_end=end,
             first_need=min(backward, default=storage.death),
             death=storage.death,

@@ -17,7 +17,9 @@ class Fate:
     Attributes:
         block: the block call that saves it, by its place in the trace.
         given: whether it is one of the block's inputs.
+        last_use: forward's last operation that reads or writes it, before which it is saved.
         forward_end: the first operation at which nobody but autograd holds it.
+        source: whether replays read it, at any time until the last of them is over.
         present: whether backward finds it.
         gone: whether forward has let go of it.
         back_early: whether backward has got a second one, because somebody still held the first.
@@ -30,7 +32,9 @@ class Fate:
     parts: tuple[StorageAction, ...]
     size: int
     given: bool
+    last_use: int
     forward_end: int
+    source: bool = False
     present: bool = False
     gone: bool = False
     back_early: bool = False
@@ -87,9 +91,10 @@ def fates(trace: Trace, plans: Iterable[BlockPlan], touches: Mapping[int, Sequen
         if plan is None:
             continue
         for given, saved, parts in _parts(block, plan):
-            end = _let_go(saved, block, touches.get(saved.storage, ()))
-            end = max(end, block.forward[1]) if given else end
-            found[saved.storage] = Fate(n, saved.index, saved.dtype, parts, sizes[saved.storage], given, end)
+            uses = [op for op in touches.get(saved.storage, ()) if op < block.backward[0]]
+            last = max(uses, default=0)
+            end = max(last + 1, saved.let_go, block.forward[1] if given else 0)
+            found[saved.storage] = Fate(n, saved.index, saved.dtype, parts, sizes[saved.storage], given, last, end)
     return found
 
 
@@ -103,9 +108,3 @@ def _parts(block: Block, plan: BlockPlan) -> Iterator[tuple[bool, SavedStorage, 
             parts = tuple(by_index[saved.index])
             if any(part.action is not Action.KEEP for part in parts):
                 yield given, saved, parts
-
-
-def _let_go(saved: SavedStorage, block: Block, touches: Sequence[int]) -> int:
-    """The first operation at which nobody but autograd holds a saved storage or is going to read it."""
-    uses = [op for op in touches if op < block.backward[0]]
-    return max(max(uses, default=0) + 1, saved.let_go)

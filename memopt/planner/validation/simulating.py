@@ -78,6 +78,8 @@ class _Player:
                 continue
             for s in wanted:
                 sources, ops = model.cone(s)
+                for source in sources & self.saved.keys():
+                    self.saved[source].source = True
                 for pinned in (*block.inputs, *sources):
                     self._hold_until(pinned, self.storages[s].death)
                 for op in ops:  # where blocks run in tiles, the same rows of everything are recomputed
@@ -93,13 +95,16 @@ class _Player:
         """One step, from the first operation to the last."""
         trace, seconds = self.trace, self.rates.seconds
         last = len(trace.ops)
-        births, deaths, leaving = defaultdict(list), defaultdict(list), defaultdict(list)
+        births, deaths, leaving, split = (defaultdict[int, list[int]](list) for _ in range(4))
         for storage in trace.storages:
             if storage.birth < storage.death and storage.birth < last:
                 births[max(storage.birth, 0)].append(storage.id)
                 deaths[self.held_until.get(storage.id, storage.death)].append(storage.id)
         for storage_id, saved in self.saved.items():
-            leaving[saved.forward_end].append(storage_id)
+            if saved.forward_end < self.storages[storage_id].death:
+                leaving[saved.forward_end].append(storage_id)
+                if saved.kept and saved.swapped and not saved.tiled:
+                    split[saved.forward_end - 1 if saved.given else saved.last_use].append(storage_id)
         for op in trace.ops:
             self._release(deaths[op.index], leaving[op.index])
             for copy in self.copies_end[op.index]:
@@ -116,6 +121,8 @@ class _Player:
                     self.saved[born].present = True
                     if small := self.saved[born].compressed:
                         self.ledger.hold(("copy", born), small)
+            for apart in split[op.index]:
+                self.ledger.hold(("copy", apart), self.saved[apart].kept + self.saved[apart].compressed)
             self._measure(op.index, op.name)
             spent = seconds(op.flops, op.bytes_read + op.bytes_written)
             self.clock += spent
@@ -225,7 +232,8 @@ class _Player:
         self.ledger.hold(("storage", storage), saved.size)
         if kept:
             self._measure(time, "a copy of what stayed")
-            self.ledger.drop(("copy", storage))
+            if not saved.source:
+                self.ledger.drop(("copy", storage))
 
     def _replay(self, storage: int, saved: Fate, op: Op) -> None:
         """Runs the operations that the storage takes, on the rows that are recomputed."""

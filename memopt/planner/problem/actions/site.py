@@ -12,15 +12,17 @@ from memopt.planner.problem.statement import Span
 class Site:
     """One saved storage as the actions see it; times are operation indices.
 
-    It is written from ``birth`` on, forward lets go of it at ``forward_end``, backward needs it from ``first_need`` to
-    ``death``. With overlapped copies it has left by ``leave`` and starts to come back at ``arrive``. Forward lets go
-    ``lead_seconds`` before the block's forward ends. ``replay_seconds`` is what its replay costs beside the shared
-    ``replay_needs``; ``None`` where none is possible. ``divisible`` says that a share of it is worth an own choice.
+    It is written from ``birth`` on, forward uses it at ``last_use`` at the latest and lets go of it at ``forward_end``,
+    backward needs it from ``first_need`` to ``death``. With overlapped copies it has left by ``leave`` and starts to
+    come back at ``arrive``. Forward lets go ``lead_seconds`` before the block's forward ends. ``replay_seconds`` is
+    what its replay costs beside the shared ``replay_needs``; ``None`` where none is possible. ``divisible`` says that a
+    share of it is worth an own choice.
     """
 
     bytes: int
     dtype: str
     birth: int
+    last_use: int
     forward_end: int
     first_need: int
     death: int

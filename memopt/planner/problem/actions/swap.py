@@ -34,7 +34,7 @@ def choices(site: Site) -> list[Choice]:
         seconds = moved / rates.swap_out_bytes_per_second + moved / rates.swap_in_bytes_per_second
         spans = resident(site.bytes, (site.birth, leaves), (returns, site.death))
         if rest:
-            spans += ((site.forward_end - 1, site.first_need + 1, rest),)
+            spans += ((site.last_use, site.first_need + 1, rest),)
         found.append(
             Choice(
                 -1,
