@@ -22,7 +22,7 @@ import torch
 
 from memopt import optim
 from memopt.kernels import Update, codec_names, get_codec
-from memopt.kernels.native.step_body import StepKind
+from memopt.kernels.native.step_kind import StepKind
 from memopt.optim import formats
 
 Numbers = tuple[int, int, int]

@@ -16,7 +16,7 @@ from memopt.kernels.expr import Expr
 from memopt.kernels.gpu.printer import load_source
 from memopt.kernels.gpu.step_source import step_source
 from memopt.kernels.native.cpp import evaluate
-from memopt.kernels.native.step_body import StepKind
+from memopt.kernels.native.step_kind import StepKind
 from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest, mark_written, unguarded
 

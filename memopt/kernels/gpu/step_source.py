@@ -15,7 +15,7 @@ import torch
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
 from memopt.kernels.gpu.printer import Printer, codec_lines
-from memopt.kernels.native.step_body import StepKind
+from memopt.kernels.native.step_kind import StepKind
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 # Columns of the table of parameters, all int64; two for each state follow: its address and that of its scales.

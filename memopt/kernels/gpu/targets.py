@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from memopt.kernels.gpu.printer import load_source
 from memopt.kernels.gpu.step import TILE, options
 from memopt.kernels.gpu.step_source import step_source
-from memopt.kernels.native.step_body import StepKind
+from memopt.kernels.native.step_kind import StepKind
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -13,8 +13,7 @@ from torch import Tensor
 from memopt import native_build
 from memopt.kernels import hashing
 from memopt.kernels.layers.norms_torch import Kept
-from memopt.kernels.native.cpp import header, read
-from memopt.kernels.native.step_body import CPP_TYPES
+from memopt.kernels.native.cpp import CPP_TYPES, header, read
 
 LAYERS = ("gated", "masks", "norms")
 KINDS = {"silu": 0, "gelu_none": 1, "gelu_tanh": 2}

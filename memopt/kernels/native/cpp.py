@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from memopt.kernels import math as km
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
 
+CPP_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _CALLS = {
     "neg": "vneg",

@@ -11,8 +11,7 @@ from torch import Tensor
 from memopt import native_build
 from memopt.kernels.codecs import Codec
 from memopt.kernels.hashing import Rounding, base_key
-from memopt.kernels.native.cpp import codec_functions, header, literal, read
-from memopt.kernels.native.step_body import CPP_TYPES
+from memopt.kernels.native.cpp import CPP_TYPES, codec_functions, header, literal, read
 
 
 class _Rows(ctypes.Structure):

@@ -16,7 +16,7 @@ from memopt import native_build
 from memopt.kernels import hashing, step_torch
 from memopt.kernels.expr import Expr
 from memopt.kernels.native.cpp import evaluate
-from memopt.kernels.native.step_body import StepKind
+from memopt.kernels.native.step_kind import StepKind
 from memopt.kernels.native.step_source import step_source
 from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest, Stored, mark_written

@@ -10,7 +10,8 @@ from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
 from memopt.kernels.native.cpp import Printer, codec_functions, has_factors, header, literal, read
 from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor
-from memopt.kernels.native.step_body import Body, StepKind
+from memopt.kernels.native.step_body import Body
+from memopt.kernels.native.step_kind import StepKind
 
 TILE = 1024  # elements whose new states wait in buffers at once; what is done once for a tile hardly counts
 

@@ -1,0 +1,115 @@
+"""Prints what a tile does once for each block: its codes and scales are found, decoded, made anew and packed."""
+
+from __future__ import annotations
+
+import torch
+
+from memopt.kernels.codecs import Codec
+from memopt.kernels.native.cpp import CPP_TYPES, literal
+from memopt.kernels.native.step_parts import Parts
+
+
+class Blocks(Parts):
+    """The lines that belong to blocks."""
+
+    def _open_codec(self, j: int, codec: Codec) -> list[str]:
+        block = codec.block
+        lines = [
+            f"int64_t in_row{j} = blocks_in_row(t, {block}), block{j} = col / {block};",
+            f"float* scales{j} = t.state[{j}].scales + row * in_row{j};",
+            f"alignas(64) float new{j}[{2 * self.tile + 64}];",
+            f"vu maxima{j}[{2 * self.tile // block + 2}] = {{}};",
+            f"float inverses{j}[{2 * self.tile // block + 2}];",
+        ]
+        if codec.bits == 8:
+            lines.append(f"uint8_t* codes{j} = t.state[{j}].data + row * t.cols + col;")
+        else:
+            lines += [
+                f"uint8_t* packed{j} = t.state[{j}].data + row * bytes_in_row(t.cols, in_row{j}, {block}) "
+                f"+ block{j} * {(block + 1) // 2};",
+                f"alignas(64) uint8_t codes{j}[{2 * self.tile + 64}];",
+                *self._unless_paired(
+                    j,
+                    self._each_block(
+                        j, codec, [f"unpack(codes{j} + at, packed{j} + (at / {block}) * {(block + 1) // 2}, length);"]
+                    ),
+                ),
+            ]
+        return lines
+
+    def _open_plain(self, j: int, dtype: torch.dtype) -> list[str]:
+        kind = CPP_TYPES[dtype]
+        return [f"{kind}* plain{j} = ({kind}*)t.state[{j}].data + row * t.cols + col;"]
+
+    def _unless_paired(self, j: int, lines: list[str]) -> list[str]:
+        return ["if (!whole) {", *lines, "}"] if j in self.paired else lines
+
+    def _each_block(self, j: int, codec: Codec, body: list[str]) -> list[str]:
+        """A loop over the blocks of state j in this tile: number ``k``, place ``at`` and ``length``."""
+        return [
+            "for (int k = 0, at = 0; at < n; k++) {",
+            f"int length = block{j} + k == in_row{j} - 1 ? n - at : {codec.block};",
+            *body,
+            "at += length;",
+            "}",
+        ]
+
+    def _segment_scales(self) -> list[str]:
+        lines = []
+        for j in self.kind.quantised:
+            codec = self.kind.stored[j]
+            assert isinstance(codec, Codec)
+            scale = f"(scale{j} * uniforms[{self.gains[j]}])" if j in self.gains else f"scale{j}"
+            parts = [part.replace("scale", scale) for part in self.scale_parts[j]]
+            lines += [
+                *self._block_of_segment(j, codec),
+                f"float scale{j} = scales{j}[block{j} + k{j}];",
+                f"const vf c{j}[] = {{{', '.join(f'splat({part})' for part in parts)}}};",
+                f"vu maximum{j} = maxima{j}[k{j}];",
+            ]
+            if codec.bits == 4:
+                lines.append(f"const auto value{j} = nibbles([&](vf code) {{ return decode_{j}(code, c{j}); }});")
+        return lines
+
+    @staticmethod
+    def _block_of_segment(j: int, codec: Codec) -> list[str]:
+        return [
+            f"int64_t k{j} = from / {codec.block};",
+            f"if (block{j} + k{j} >= in_row{j}) k{j} = in_row{j} - 1 - block{j};",
+        ]
+
+    def _segment_inverses(self) -> list[str]:
+        lines = []
+        for j in self.coded:
+            codec = self.kind.stored[j]
+            assert isinstance(codec, Codec)
+            lines += [*self._block_of_segment(j, codec), f"vf inverse{j} = splat(inverses{j}[k{j}]);"]
+        return lines
+
+    def _segment_maxima(self) -> list[str]:
+        return [f"maxima{j}[k{j}] = maximum{j};" for j in self.kind.quantised]
+
+    def _close_blocks(self, j: int, scale: str, *more: str) -> list[str]:
+        codec = self.kind.stored[j]
+        assert isinstance(codec, Codec)
+        lines = [f"Scale s = {scale};", f"scales{j}[block{j} + k] = s.scale;", f"inverses{j}[k] = s.inverse;"]
+        # peeled, the few rounds of this loop wait for each other's divisions
+        return ["#pragma GCC unroll 1", *self._each_block(j, codec, [*lines, *more])]
+
+    def _top(self, j: int) -> str:
+        codec = self.kind.stored[j]
+        assert isinstance(codec, Codec)
+        return literal(codec.top(self.kind.roundings[j]))
+
+    def _narrow(self, j: int) -> str:
+        if j in self.paired:
+            return f"narrow(whole ? packed{j} : codes{j}, new{j}, whole ? n / 2 : n);"
+        return f"narrow(codes{j}, new{j}, n);"
+
+    def _pack(self, j: int) -> list[str]:
+        codec = self.kind.stored[j]
+        assert isinstance(codec, Codec)
+        if codec.bits != 4:
+            return []
+        place = f"packed{j} + k * {(codec.block + 1) // 2}"
+        return self._unless_paired(j, self._each_block(j, codec, [f"pack({place}, codes{j} + at, length);"]))

@@ -1,0 +1,60 @@
+"""What the function that updates one tile is made of: the parts that its sections share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memopt.kernels.codecs import Codec
+from memopt.kernels.native.step_kind import StepKind
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the function that updates a tile is made of."""
+
+    kind: StepKind
+    tile: int
+    segment: int
+    lines: list[str]  # of the first pass
+    news: dict[int, str]
+    param: str
+    late: list[str] | None  # what computes the parameter in the second pass
+    sums: list[str]
+    uniforms: int
+    scale_parts: dict[int, list[str]]
+    gains: dict[int, int]  # the number in ``U`` that a state is decoded times
+
+    @property
+    def coded(self) -> list[int]:
+        """Numbers of the states that are encoded."""
+        return [j for j in self.kind.quantised if j in self.news]
+
+    @property
+    def paired(self) -> list[int]:
+        """Numbers of the states whose 4-bit codes are taken two by two where every block is whole: a byte has those of
+        an element in a block's first half and one in its second. None where blocks are not the segments."""
+        four = {j: s.block for j, s in enumerate(self.kind.stored) if isinstance(s, Codec) and s.bits == 4}
+        return list(four) if self.segment % 32 == 0 and set(four.values()) == {self.segment} else []
+
+    @property
+    def _early_slots(self) -> list[int]:
+        """Slots whose random numbers the first pass may need: those of plain states, and an early parameter's."""
+        plain = [j for j in self.news if j not in self.kind.quantised]
+        return [*plain, *([len(self.kind.stored)] if self.late is None and self.param else [])]
+
+    @property
+    def _late_slots(self) -> list[int]:
+        return [*self.coded, *([] if self.late is None else [len(self.kind.stored)])]
+
+    def _draws_of(self, slots: Iterable[int]) -> list[int]:
+        return sorted({slot // 2 for slot in slots if slot in self.kind.noisy})
+
+    def _open_words(self, slots: Iterable[int]) -> list[str]:
+        """Where a loop over elements begins: the generators of the random words that its slots need."""
+        return [f"Words words{draw}(key{draw}, index + from);" for draw in self._draws_of(slots)]
+
+    def _words(self, slots: Iterable[int], how: str) -> list[str]:
+        """The random words of some slots that need them."""
+        place = "[second]" if how == "pair" else ""
+        return [f"vu w{draw} = words{draw}{place}.next();" for draw in self._draws_of(slots)]
