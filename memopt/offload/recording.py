@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.offload.operators import RESHAPES, SHAPE_ONLY, UNWRITTEN, needs_data, written_positions
 from memopt.offload.template import Kind, Layout, OpTemplate, Output, Pack, Template, Value
-from memopt.offload.trees import operands_and_constants
+from memopt.offload.trees import Places, operands_and_constants
 from memopt.planner.signature import Entry, block_signature, describe
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in dict.fromkeys(reads[position][0] for position in written):
             if storage >= 0:
                 self.template.versions[storage] += 1
-        self._note(func, args, consts, tensors, reads, layouts, written, output, random, offset)
+        self._note(func, args, kwargs, consts, tensors, reads, layouts, written, output, random, offset)
         return output
 
     def _about_to_write(self, value: Value, tensor: Tensor) -> None:
@@ -170,6 +170,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self,
         func: Any,
         args: Any,
+        kwargs: Any,
         consts: list[Any],
         tensors: list[Tensor],
         reads: tuple[Value, ...],
@@ -217,6 +218,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 offset,
                 forced,
                 any(tensor.requires_grad for tensor in tensors),
+                Places.of(args, kwargs),
             )
         )
 

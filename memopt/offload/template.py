@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from memopt.offload.trees import Places
+
 if TYPE_CHECKING:
     from memopt.offload.partitioned import Partitioned
 
@@ -81,6 +83,15 @@ class OpTemplate:
     rng_offset: int
     forced: bool
     graded: bool
+    places: Places | None = None
+
+    @cached_property
+    def renames(self) -> int | None:
+        """The operand that the one output is another name for, where the operation does nothing else."""
+        output = self.outputs[0] if len(self.outputs) == 1 else None
+        if output is None or output.fresh or output.layout is None or self.container is not None or self.written:
+            return None
+        return output.position or 0
 
 
 @dataclass(frozen=True)

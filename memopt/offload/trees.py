@@ -3,9 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Places(NamedTuple):
+    """How an operator was given its arguments, noted where another call is quickly seen to be given the same.
+
+    Attributes:
+        length: of the positional arguments.
+        tensors: positions of tensors.
+        others: (position, class, value) of what else decides the outputs' shapes.
+        floats: positions of floats, which do not.
+        names: keyword arguments.
+    """
+
+    length: int
+    tensors: tuple[int, ...]
+    others: tuple[tuple[int, type, Any], ...]
+    floats: tuple[int, ...]
+    names: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Places | None:
+        """None where there are no tensors, or some are in lists or keywords."""
+        tensors = tuple(n for n, value in enumerate(args) if isinstance(value, Tensor))
+        if not tensors or len(operands(args, kwargs)) > len(tensors):
+            return None
+        if any(isinstance(value, (float, list, tuple)) for value in kwargs.values()):
+            return None
+        floats = tuple(n for n, value in enumerate(args) if type(value) is float)
+        others = tuple(
+            (n, type(value), list(value) if type(value) is list else value)
+            for n, value in enumerate(args)
+            if n not in tensors and n not in floats
+        )
+        return cls(len(args), tensors, others, floats, dict(kwargs))
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """The tensors of another call, in order; None where it is not given its arguments in the same way."""
+        if len(args) != self.length or kwargs != self.names:
+            return None
+        for n, kind, value in self.others:
+            if type(args[n]) is not kind or args[n] != value:
+                return None
+        for n in self.floats:
+            if type(args[n]) is not float:
+                return None
+        found = []
+        for n in self.tensors:
+            if not isinstance(args[n], Tensor):
+                return None
+            found.append(args[n])
+        return found
 
 
 def operands(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:

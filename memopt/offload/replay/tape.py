@@ -7,7 +7,7 @@ when nobody else needs that value, and works on a copy otherwise.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,12 +61,13 @@ class Node:
 
     Args:
         args, kwargs: as they were given.
+        places: the operands' positions among the arguments, where all are plain ones.
         operands: the tensors among them, in order: real ones, and holes where they are values of the tape. A stand-in
             must not stay: it leads to the replay's graph, whose hooks hold the replay: a cycle that nothing would free.
     """
 
     __slots__ = (
-        "_places", "args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "reads", "real", "written",
+        "args", "done", "fresh", "func", "holes", "kwargs", "makes", "ordinal", "places", "real", "written",
     )  # fmt: skip
 
     def __init__(
@@ -74,31 +75,38 @@ class Node:
         func: Any,
         args: Any,
         kwargs: dict[str, Any],
-        operands: list[Hole | Tensor],
+        operands: Sequence[Hole | Tensor],
         fresh: list[tuple[int, Chain]],
         written: list[Key],
         ordinal: int | None,
+        places: tuple[int, ...] | None = None,
     ) -> None:
         self.func = func
-        self.args, self.kwargs = with_operands(args, kwargs, operands)
-        # Where the holes are, unless some are in lists or keywords.
-        self._places = [n for n, one in enumerate(self.args) if type(one) is Hole]
-        self.holes = [one for one in operands if type(one) is Hole]
+        if places is None:
+            self.args, self.kwargs = with_operands(args, kwargs, operands)
+        else:
+            self.args, self.kwargs = list(args), kwargs
+            for place, one in zip(places, operands, strict=True):
+                self.args[place] = one
+        self.places = places
+        self.holes: list[Hole] = []
+        # What it reads from outside must not change before it runs.
+        self.real: list[tuple[Tensor, int]] = []
+        for one in operands:
+            if isinstance(one, Hole):
+                self.holes.append(one)
+            else:
+                self.real.append((one, one._version))
         self.fresh, self.written, self.ordinal = fresh, written, ordinal
         self.done = False
-        # What it reads from outside must not change before it runs.
-        self.real = [(one, one._version) for one in operands if isinstance(one, Tensor)]
         self.makes: list[Key] = [(chain, 0) for _, chain in fresh] + written
-        self.reads: list[Key] = [hole.key for hole in self.holes]
 
     def filled(self, tensors: Iterable[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Its arguments, the holes filled in order."""
-        if len(self._places) < len(self.holes):
+        if self.places is None:
             return with_operands(self.args, self.kwargs, tensors, Hole)
-        args = list(self.args)
-        for place, tensor in zip(self._places, tensors, strict=True):
-            args[place] = tensor
-        return args, self.kwargs
+        source = iter(tensors)
+        return [next(source) if type(one) is Hole else one for one in self.args], self.kwargs
 
 
 class Tape:
@@ -148,9 +156,9 @@ class Tape:
                     break
             else:
                 continue
-            for read in node.reads:
-                self._uses[read] += 1
-                need.add(read)
+            for hole in node.holes:
+                self._uses[hole.key] += 1
+                need.add(hole.key)
         for node in self.nodes:
             for key in node.makes:
                 self._drop_unused(key)
@@ -192,7 +200,7 @@ class Tape:
                 raise LookupError("a value from before the block changed it, of which there is no copy")
             if number not in found:
                 found.add(number)
-                todo.extend(self.nodes[number].reads)
+                todo.extend(hole.key for hole in self.nodes[number].holes)
         return sorted(found)
 
     def run(self, number: int) -> Any:
@@ -215,8 +223,8 @@ class Tape:
         for place, chain in node.fresh:
             chain.values[0] = items[place]
             chain.owned.add(0)
-        for read in node.reads:
-            self.release(read)
+        for hole in node.holes:
+            self.release(hole.key)
         for key in node.makes:
             self._drop_unused(key)
         return output
@@ -230,7 +238,7 @@ class Tape:
         """Turn the version before into the buffer that the operation will overwrite."""
         chain, version = key
         before = self.get((chain, version - 1))
-        mine = sum(read == (chain, version - 1) for read in node.reads)
+        mine = sum(hole.key == (chain, version - 1) for hole in node.holes)
         free = self._counted and self._uses[chain, version - 1] <= mine and version - 1 in chain.owned
         chain.values[version] = before if free else copy_of_storage(before)
         chain.owned.add(version)
