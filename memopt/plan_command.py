@@ -20,6 +20,7 @@ class Asked:
     """What the command line asks for: a model's step, a device, and how much of it may be used.
 
     ``search`` is "seq" or "batch" where the largest is wanted, ``changes`` are made before anything is decided.
+    ``tiles`` is None where the step runs in tiles only if nothing fits otherwise.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Asked:
     changes: tuple[str, ...]
     fit: bool
     search: str | None
+    tiles: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def answer(asked: Asked, say: Say) -> Answer:
         if asked.search is not None:
             return _largest(asked, say)
         say("tracing one training step")
-        step = _traced(asked, asked.batch, asked.seq)
+        step = _traced(asked, asked.batch, asked.seq, asked.tiles or 1)
         found = _fitted(asked, step, say) if asked.fit else _planned(asked, step, say)
-        return replace(found, pages=(*found.pages, *_notes(step)))
+        return replace(found, pages=(*found.pages, *_notes(found.trace)))
     except SolverError as error:
         raise ValueError(str(error)) from error
 
@@ -74,13 +76,13 @@ def _notes(step: Trace) -> tuple[str, ...]:
     return (f"Note: the step depends on values at {lines}; the trace took 1.0, 0 or False there.\n",) if lines else ()
 
 
-def _traced(asked: Asked, batch: int, seq: int | None) -> Trace:
+def _traced(asked: Asked, batch: int, seq: int | None, tiles: int) -> Trace:
     from memopt.planner import find_model, shard, trace
     from memopt.planner.variants import change
 
     found = find_model(asked.model, batch=batch, tokens=seq, dtype=asked.dtype)
     on = "cpu" if asked.device.kind == "cpu" else "cuda"
-    step = trace(found.model, found.inputs, loss_fn=found.loss_fn, optimizer=asked.optimizer, device=on)
+    step = trace(found.model, found.inputs, loss_fn=found.loss_fn, optimizer=asked.optimizer, device=on, tiles=tiles)
     step = shard(replace(step, model=found.name), asked.degrees)
     for name in asked.changes:
         step = change(name).apply(step)
@@ -88,18 +90,25 @@ def _traced(asked: Asked, batch: int, seq: int | None) -> Trace:
 
 
 def _planned(asked: Asked, step: Trace, say: Say) -> Answer:
-    from memopt.planner import plan
-    from memopt.planner.planning import cheapest, estimates
+    from memopt.planner import plan_in_tiles
+    from memopt.planner.planning import AUTOMATIC, cheapest, estimates
+
+    def in_tiles(number: int) -> Trace:
+        if number == (asked.tiles or 1):
+            return step
+        say(f"nothing fits; trying {number} tiles")
+        return _traced(asked, asked.batch, asked.seq, number)
 
     say("deciding what to keep, swap and recompute")
-    found = plan(step, asked.budget, asked.device)
+    tried = AUTOMATIC if asked.tiles is None else (asked.tiles,)
+    planned, found = plan_in_tiles(in_tiles, asked.budget, asked.device, tiles=tried)
     if found.status != "infeasible":
-        return Answer(found, step)
+        return Answer(found, planned)
     say("nothing fits; looking for what to change")
     cure = cheapest(estimates(step, asked.budget, asked.device))
     if cure is None:
         cure = cheapest(estimates(step, asked.budget, asked.device, allow_block_coordinate=True))
-    return Answer(found, step, cure=cure)
+    return Answer(found, planned, cure=cure)
 
 
 def _fitted(asked: Asked, step: Trace, say: Say) -> Answer:
@@ -125,7 +134,7 @@ def _largest(asked: Asked, say: Say) -> Answer:
     def step(size: int) -> Trace:
         say(f"trying {asked.search} {size}")
         batch, seq = (asked.batch, size) if asked.search == "seq" else (size, asked.seq)
-        made[size] = _traced(asked, batch, seq)
+        made[size] = _traced(asked, batch, seq, asked.tiles or 1)
         return made[size]
 
     least = 128 if asked.search == "seq" else 1

@@ -28,6 +28,7 @@ def wrap(
     budget: int | str,
     hardware: str | Hardware = "auto",
     loss_fn: Callable[..., Tensor] | None = None,
+    tiles: int | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Optimizer, Plan]:
     """Make a training loop fit into ``budget``: build the optimizer, plan the activations and apply the plan.
@@ -42,6 +43,8 @@ def wrap(
         budget: bytes of the whole step, as an integer or text such as ``"20GiB"``.
         hardware: ``"auto"`` for this machine, a name from the table, a JSON file, or a ``Hardware``.
         loss_fn: makes the scalar loss from the model's output; by default the output itself or its ``loss``.
+        tiles: in how many tiles token-wise parts of blocks (MLPs, as a rule) run; 1: never. By default they do only
+            where nothing fits otherwise: with tiles, results are those of the plain step up to rounding, not bitwise.
         options: for the optimizer, when it is given by name: ``lr``, ``betas``, ``weight_decay``, ...
 
     Returns:
@@ -65,7 +68,7 @@ def wrap(
         )
     else:
         built = optimizer
-    chosen = plan_within(budget, model, inputs, built, hardware=hardware, loss_fn=loss_fn)
+    chosen = plan_within(budget, model, inputs, built, hardware=hardware, loss_fn=loss_fn, tiles=tiles)
     apply(model, chosen)
     return model, built, chosen
 
@@ -79,6 +82,7 @@ def plan_within(
     hardware: str | Hardware = "auto",
     loss_fn: Callable[..., Tensor] | None = None,
     accumulate: int = 1,
+    tiles: int | None = None,
 ) -> Plan:
     """Trace one step and plan it; the arguments are those of :func:`wrap`.
 
@@ -89,13 +93,16 @@ def plan_within(
         DoesNotFitError: nothing fits; the message names the smallest budget that would.
         ValueError: see :func:`wrap`.
     """
-    from memopt.planner import format_bytes, plan, trace
+    from memopt.planner import Trace, format_bytes, plan_in_tiles, trace
+    from memopt.planner.planning import AUTOMATIC
 
     on = "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu"
-    traced = trace(
-        model, inputs, loss_fn=loss_fn, optimizer=optimizer, accumulate=max(1, min(accumulate, 2)), device=on
-    )
-    chosen = plan(traced, budget, hardware)
+    passes = max(1, min(accumulate, 2))
+
+    def step(number: int) -> Trace:
+        return trace(model, inputs, loss_fn=loss_fn, optimizer=optimizer, accumulate=passes, device=on, tiles=number)
+
+    _, chosen = plan_in_tiles(step, budget, hardware, tiles=AUTOMATIC if tiles is None else (tiles,))
     if chosen.smallest_budget_bytes is not None:
         smallest = chosen.smallest_budget_bytes
         raise DoesNotFitError(

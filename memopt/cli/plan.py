@@ -78,6 +78,15 @@ def plan_command(
             help="Count on memopt.optim.release_gradients.",
         ),
     ] = False,
+    tiles: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=TRAINING,
+            help="Run MLPs and the like in N tiles; default: only where nothing fits otherwise.",
+        ),
+    ] = None,
     max_seq: Annotated[
         bool,
         typer.Option(
@@ -169,6 +178,7 @@ def plan_command(
         changes=("chunked loss",) * chunked_loss + ("gradients released",) * release_gradients,
         fit=fit_all,
         search="seq" if max_seq else "batch" if max_batch else None,
+        tiles=tiles,
     )
     with progress("reading") as say:
         found = answer(asked, say)

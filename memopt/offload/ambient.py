@@ -52,6 +52,18 @@ class uncached:  # noqa: N801
         torch.set_autocast_cache_enabled(self._before)
 
 
+class cached_here:  # noqa: N801
+    """Runs its body with a cache of weights of its own: tiles of one call share the casts, which go when it ends."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        torch.clear_autocast_cache()
+
+    def __exit__(self, *error: object) -> None:
+        torch.clear_autocast_cache()
+
+
 @contextmanager
 def no_autocast() -> Iterator[None]:
     """Runs its body as recorded operations must run: what autocast had to cast is already cast."""

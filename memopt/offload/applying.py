@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -16,6 +17,7 @@ from memopt.offload.origin import Counts
 from memopt.offload.planned import PlannedForward
 from memopt.offload.reporting import StepReport, compare
 from memopt.offload.tiers import open_tier
+from memopt.offload.tiling import Tiled
 from memopt.planner.values import BlockPlan
 
 _planned: WeakSet[nn.Module] = WeakSet()
@@ -59,9 +61,17 @@ class Handle:
                 raise PlanMismatchError(
                     f"block {path!r} already runs under a plan; take that one off first with handle.remove()"
                 )
+        tiles = [(find_block(model, part.path), part) for part in getattr(plan, "tiles", ())]
+        for module, part in tiles:
+            if isinstance(module.__dict__.get("forward"), Tiled):
+                raise PlanMismatchError(f"module {part.path!r}, which the plan runs in tiles, does so already")
         tier_name = str(getattr(plan.swap_tier, "value", plan.swap_tier) or "none")
         self.tier = open_tier(tier_name, folder, limit_bytes)
         self.counts = Counts()
+        self._tiles = [
+            Tiled(module, part.chunks, part.dim, refuse=partial(self._refuse_tiles, part.path))
+            for module, part in tiles
+        ]
         self.blocks: list[PlannedForward] = []
         for path, calls in by_path.items():
             parts = [calls.get(n) for n in range(max(calls) + 1)]
@@ -90,6 +100,12 @@ class Handle:
                 self._meter(start=True)
             elif self._steps == 1 + self._passes and self.report is None:
                 self.step_report(self._meter(start=False))
+
+    def _refuse_tiles(self, path: str, why: str) -> None:
+        self.remove()
+        raise PlanMismatchError(
+            f"module {path!r} cannot run in tiles: {why}; the plan is taken off. Trace with tiles=1 and plan again"
+        )
 
     def begin(self) -> None:
         """A step begins: every forward of the model says so by itself, but for the one in whose own hook the plan was
@@ -140,6 +156,8 @@ class Handle:
         for planned in self.blocks:
             planned.restore()
             _planned.discard(planned.block)
+        for tiled in self._tiles:
+            tiled.remove()
 
     def __enter__(self) -> Handle:
         return self

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memopt.offload.ambient import random_states, uncached
+from memopt.offload.ambient import cached_here, random_states, uncached
 from memopt.offload.calls import Call, Compiled, Policy, unpack
 from memopt.offload.checking import check_call
 from memopt.offload.origin import Counts, Origin
@@ -20,13 +20,14 @@ from memopt.offload.partitioned import Partitioned, hooks_unrecorded, is_partiti
 from memopt.offload.recording import Recorder, copy_of_storage
 from memopt.offload.replay.replaying import replaying
 from memopt.offload.template import Kind, Template
+from memopt.offload.tiling import Tiled
 from memopt.planner.values import BlockPlan
 
 _MAX_VARIANTS = 64
 
 
 class PlannedForward:
-    """Stands in a block's ``forward`` attribute while a plan is applied.
+    """Stands in a block's ``forward`` attribute while a plan is applied; ``own`` is what it covers.
 
     Args:
         block: the module.
@@ -36,6 +37,8 @@ class PlannedForward:
         counts: of replays, for the report of a step.
         take_off: takes the whole plan off, where it does not fit the block.
     """
+
+    of_plan = True
 
     def __init__(
         self,
@@ -59,7 +62,8 @@ class PlannedForward:
         self._variants: list[dict[Any, tuple[Compiled, Policy]]] = [{} for _ in plans]
         self._templates: list[Template | None] = [None for _ in plans]
         # Several calls of a block share their weights' casts, as without a plan; one call frees what it drops.
-        self._ambient: Callable[[], Any] = uncached if len(plans) == 1 else nullcontext
+        tiled = any(isinstance(part.__dict__.get("forward"), Tiled) for part in block.modules())
+        self._ambient: Callable[[], Any] = (cached_here if tiled else uncached) if len(plans) == 1 else nullcontext
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._eager(*args, **kwargs)

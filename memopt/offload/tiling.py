@@ -8,25 +8,41 @@ has its own actions, so that one tile may be swapped and the next recomputed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
+from memopt.offload.ambient import uncached
+from memopt.planner.tiles import run_in_tiles
+
 _SLACK = 64
+_TRIED = 16  # positions that a plan's tiles are tried with
 
 
 class Tiled:
     """A ``module`` that runs in ``chunks`` tiles along ``dim``, until ``remove()``; also a context manager.
 
-    :func:`memopt.offload.tile` makes it; ``recompute`` says that backward runs each tile again.
+    :func:`memopt.offload.tile` makes it, and so does a plan with tiles; ``recompute`` says that backward runs each tile
+    again. ``refuse`` comes from a plan: it is called with what is wrong, where the first call that trains shows that
+    the module does not treat positions alike.
     """
 
-    def __init__(self, module: nn.Module, chunks: int, dim: int, recompute: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        chunks: int,
+        dim: int,
+        recompute: bool = False,
+        refuse: Callable[[str], None] | None = None,
+    ) -> None:
         self.module, self.chunks, self.dim, self.recompute = module, chunks, dim, recompute
-        self._own: Callable[..., Any] = module.forward
+        self.of_plan, self._refuse = refuse is not None, refuse
+        self.own: Callable[..., Any] = module.forward
         self._was_attribute = module.__dict__.get("forward")
         module.forward = self
 
@@ -41,14 +57,20 @@ class Tiled:
                 f"{type(self.module).__name__} runs in tiles: give the tensor to be cut as its first positional "
                 f"argument; got {len(args)} positional ones and {', '.join(kwargs) or 'no keywords'}"
             )
-        x, *args = args  # type: ignore[assignment]
-        pieces = []
-        for piece in x.chunk(self.chunks, self.dim):
-            if self.recompute and torch.is_grad_enabled():
-                pieces.append(checkpoint(self._own, piece, *args, use_reentrant=False, **kwargs))
-            else:
-                pieces.append(self._own(piece, *args, **kwargs))
-        return torch.cat(pieces, self.dim)
+        if self._refuse is not None and torch.is_grad_enabled():
+            refuse, self._refuse = self._refuse, None
+            # Not for the recorder of the block around it, nor for the cache of casts, which would lack gradients.
+            with _disable_current_modes(), uncached():
+                few = args[0].narrow(self.dim, 0, min(_TRIED, args[0].shape[self.dim]))
+                if not _same_in_tiles(self.module, self.own, (few, *args[1:]), kwargs, self.dim):
+                    refuse(f"it gives another output when its input is cut along dimension {self.dim}")
+        return self.over(self.own)(*args, **kwargs)
+
+    def over(self, forward: Callable[..., Any]) -> Callable[..., Tensor]:
+        """Another forward in these tiles."""
+        if self.recompute and torch.is_grad_enabled():
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        return partial(run_in_tiles, forward, self.chunks, self.dim)
 
     def remove(self) -> None:
         """Run the module whole again. Safe to repeat."""
@@ -100,7 +122,7 @@ def tile(
         raise ValueError(f"dim is {dim}; the input of shape {tuple(x.shape)} has {x.dim()} dimensions")
     candidates = [dim % x.dim()] if dim is not None else sorted(range(x.dim() - 1), key=lambda d: (d != 1, d))
     for axis in candidates:
-        if x.shape[axis] >= 2 and _same_in_tiles(module, inputs, axis):
+        if x.shape[axis] >= 2 and _same_in_tiles(module, module, inputs, {}, axis):
             return Tiled(module, chunks, axis, recompute)
     tried = ", ".join(map(str, candidates))
     raise ValueError(
@@ -109,23 +131,22 @@ def tile(
     )
 
 
-def _same_in_tiles(module: nn.Module, inputs: tuple[Any, ...], axis: int) -> bool:
+def _same_in_tiles(
+    module: nn.Module, forward: Callable[..., Any], inputs: tuple[Any, ...], named: dict[str, Any], axis: int
+) -> bool:
     """Whether two tiles give the whole's output: within a small multiple of rounding, of its largest element."""
     training = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
-            whole = module(*inputs)
-            parts = [module(piece, *inputs[1:]) for piece in inputs[0].chunk(2, axis)]
-    except (RuntimeError, ValueError, IndexError):
+            whole = forward(*inputs, **named)
+            joined = run_in_tiles(forward, 2, axis, *inputs, **named)
+    except (RuntimeError, ValueError, IndexError, TypeError):
         return False
     finally:
         for m, mode in training:
             m.training = mode
-    if not isinstance(whole, Tensor) or whole.dim() <= axis or any(not isinstance(part, Tensor) for part in parts):
-        return False
-    joined = torch.cat(parts, axis)
-    if joined.shape != whole.shape:
+    if not isinstance(whole, Tensor) or joined.shape != whole.shape:
         return False
     largest = whole.abs().max().double()
     return bool((joined.double() - whole.double()).abs().max() <= _SLACK * torch.finfo(whole.dtype).eps * largest)

@@ -5,7 +5,7 @@ from memopt.planner.models import FoundModel, ModelError, find_model, preset_nam
 from memopt.planner.pipeline import ScheduleRow, schedule_table
 from memopt.planner.placement import Buffer, Placement, place
 from memopt.planner.plan_file import Plan, Timeline
-from memopt.planner.planning import Combination, Fit, fit, largest_that_fits, plan
+from memopt.planner.planning import Combination, Fit, fit, largest_that_fits, plan, plan_in_tiles
 from memopt.planner.policy import SolverError
 from memopt.planner.sharding import Degrees, shard
 from memopt.planner.signature import block_signature, describe
@@ -23,6 +23,7 @@ from memopt.planner.values import (
     Status,
     Storage,
     StorageAction,
+    Tile,
     Trace,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "Status",
     "Storage",
     "StorageAction",
+    "Tile",
     "Timeline",
     "Trace",
     "TraceError",
@@ -65,6 +67,7 @@ __all__ = [
     "parse_bytes",
     "place",
     "plan",
+    "plan_in_tiles",
     "preset_names",
     "probe",
     "schedule_table",

@@ -10,12 +10,13 @@ from typing import Any
 
 from memopt.files import write_whole
 from memopt.planner.strict_json import from_json, read_json, to_json
-from memopt.planner.values import BlockPlan, Status, Trace
+from memopt.planner.values import BlockPlan, Status, Tile, Trace
 from memopt.version import __version__
 
-FORMAT_VERSION = 3
-READABLE = (1, 2, 3)
-"""Version 1 has no digest, and no actions for the inputs of blocks: they are kept; version 2 knows of one pass."""
+FORMAT_VERSION = 4
+READABLE = (1, 2, 3, 4)
+"""Version 1 has no digest, and no actions for the inputs of blocks: they are kept; version 2 knows of one
+pass, version 3 of no tiles."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Plan:
         timeline_after: the same with it.
         solve_seconds: that planning took.
         passes: forwards and backwards in the step, each under the same actions.
+        tiles: modules that run in tiles, because the trace did.
         format_version: of the file.
         memopt_version: that made the plan.
     """
@@ -89,6 +91,7 @@ class Plan:
     timeline_after: Timeline
     solve_seconds: float = 0.0
     passes: int = 1
+    tiles: tuple[Tile, ...] = ()
     format_version: int = FORMAT_VERSION
     memopt_version: str = __version__
 

@@ -152,6 +152,15 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """The module at ``path`` runs in at most ``chunks`` tiles of its first argument along ``dim``."""
+
+    path: str
+    chunks: int
+    dim: int
+
+
+@dataclass(frozen=True)
 class Trace:
     """One training step of a model: what runs, what it allocates, and what backward needs.
 
@@ -163,6 +172,7 @@ class Trace:
         peak_bytes: most bytes alive at once.
         dtype: of weights and activations.
         meta: what else is known, by name.
+        tiles: modules that ran in tiles, because the trace was asked to.
     """
 
     model: str
@@ -172,6 +182,7 @@ class Trace:
     peak_bytes: int
     dtype: str
     meta: dict[str, str | int | float] = field(default_factory=dict)
+    tiles: tuple[Tile, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,10 @@ def _advice(plan: Plan, cure: Combination | None) -> Text:
     text = Text(f"What binds: {binding}\n")
     if plan.swap_tier != "none" and plan.swapped_bytes:
         text.append(f"Swapped per step: {format_bytes(plan.swapped_bytes)} to {plan.swap_tier}\n")
+    if plan.tiles:
+        kinds = Counter(tile.path.split(".")[-1] for tile in plan.tiles)
+        parts = ", ".join(f"{count} x {name}" for name, count in kinds.items())
+        text.append(f"In {plan.tiles[0].chunks} tiles each: {parts}; results are the plain step's up to rounding\n")
     if plan.status != "infeasible":
         proof = (
             "proven best of its model" if plan.status == "optimal" else f"at most {plan.gap:.1%} from the best bound"

@@ -167,7 +167,7 @@ def test_help_without_arguments(run: Run) -> None:
     assert run()[0] == 0
 
 
-@pytest.mark.parametrize("stage", ["find_model", "trace", "plan"])
+@pytest.mark.parametrize("stage", ["find_model", "trace", "plan_in_tiles"])
 def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt

@@ -46,7 +46,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(format_version=99), "format version 99.*reads versions 1 to 3: plan again"),
+        (lambda d: d.update(format_version=99), "format version 99.*reads versions 1 to 4: plan again"),
         (lambda d: d.update(format_version=True), "format version True"),
         (lambda d: d.pop("format_version"), "lacks the field 'format_version'"),
         (lambda d: d.update(extra=1), "unknown field 'extra'"),

@@ -111,11 +111,11 @@ def test_memos_closed_form_is_the_linear_program(room: int) -> None:
 
 def test_divided_rows_are_never_slower_than_whole_storages() -> None:
     trace = transformer(4, unit=10**5, flops=10**8)
+    problem = build(trace, CPU, EXACT)
     for budget in (0.75, 0.85):
-        whole = plan(trace, int(trace.peak_bytes * budget), CPU)
-        divided = plan(trace, int(trace.peak_bytes * budget), CPU, tiled=True)
-        assert divided.peak_bytes <= trace.peak_bytes * budget
-        assert divided.step_seconds <= whole.step_seconds * (1 + 1e-3)
+        within = problem.within(int(trace.peak_bytes * budget))
+        whole, divided = solve(within), solve(within, tiled=True)
+        assert divided.seconds <= whole.seconds * (1 + 1e-3)
 
 
 def test_the_program_counts_what_the_simulation_counts() -> None:

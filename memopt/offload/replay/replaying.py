@@ -124,6 +124,7 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ops = template.ops
         self._ordinal = 0
         self._pretending = False
+        self._casts: dict[tuple[int, Any], tuple[Layout, Chain]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -170,16 +171,21 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None and not self.eager and is_view(func) and any(isinstance(t, StandIn) for t in tensors):
             # Autograd makes views again, where stand-ins leave it no other way to follow a write to a view.
             return view_of(func, args, kwargs, tensors)
-        if known is None and not self.eager and func is _CAST and type(args[0]) is nn.Parameter:
-            # In forward, autocast's cache had the cast of this weight from another call.
-            return func(*args, **kwargs)
+        cast = (id(args[0]), kwargs.get("dtype")) if func is _CAST and type(args[0]) is nn.Parameter else None
+        if known is None and not self.eager and cast is not None:
+            # In forward, autocast's cache had the cast of this weight, from another tile or from another call.
+            made = self._casts.get(cast)
+            return func(*args, **kwargs) if made is None else stand_in(*made)
         self._position += 1
         if known is None:
             self.eager = True
             return self._now(func, args, kwargs, tensors, None)
         if known.forced:
             return self._now(func, args, kwargs, tensors, known)
-        return self._later(func, args, kwargs, tensors, known)
+        output = self._later(func, args, kwargs, tensors, known)
+        if cast is not None:
+            self._casts[cast] = output.laid, output.chain
+        return output
 
     def _expected(self, func: Any) -> OpTemplate | None:
         """The operation that comes next, if it is this one."""

@@ -42,7 +42,6 @@ def plan(
     actions: Iterable[Action | str] = DEFAULT_ACTIONS,
     time_limit: float = 10.0,
     solver: str = "cbc",
-    tiled: bool = False,
 ) -> Plan:
     """Decide what happens to every saved storage of a traced step, so that the step fits and costs the least seconds.
 
@@ -53,7 +52,6 @@ def plan(
         actions: what may be done; ``"compress"`` is lossy and so only done when named.
         time_limit: seconds for all solves together; the best answer so far counts when they are over.
         solver: ``"cbc"`` (bundled), ``"highs"``, or PuLP's name of another.
-        tiled: the rows of token-wise storages may be divided between actions, for blocks that run in tiles.
 
     Returns:
         A plan that ``validate`` has passed. With status ``"infeasible"`` it has no actions, but
@@ -68,7 +66,7 @@ def plan(
     allowed = _actions(actions)
     budget_bytes = None if budget is None else parse_bytes(budget)
     rates = rates_of(hardware, trace.dtype)
-    planner = _Planner(trace, rates, allowed, time_limit, solver, tiled)
+    planner = _Planner(trace, rates, allowed, time_limit, solver)
     baseline = simulate(trace, (), rates)
     if budget_bytes is None or baseline.peak_bytes <= budget_bytes:
         kept = planner.block_plans({})
@@ -141,10 +139,8 @@ def _actions(actions: Iterable[Action | str]) -> frozenset[Action]:
 class _Planner:
     """The rounds of solving and simulating for one trace on one device."""
 
-    def __init__(
-        self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str, tiled: bool
-    ) -> None:
-        self.trace, self.rates, self.actions, self.tiled = trace, rates, actions, tiled
+    def __init__(self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str) -> None:
+        self.trace, self.rates, self.actions = trace, rates, actions
         self.last, self.passes = last_pass(trace)
         self.deadline, self.solver = time.monotonic() + check_time_limit(time_limit), solver
         self.bound_seconds: float | None = None
@@ -184,7 +180,7 @@ class _Planner:
         target, best, raised = budget_bytes, None, False
         for _ in range(ROUNDS):
             problem = self.problem.within(target)
-            solution = solve(problem, self.left(), self.solver, tiled=self.tiled)
+            solution = solve(problem, self.left(), self.solver)
             if solution.status is Status.INFEASIBLE:
                 break
             if target == budget_bytes:
@@ -209,7 +205,7 @@ class _Planner:
         """The policy with the smallest peak that was found."""
         if self._smallest is not None:
             return self._smallest
-        _, solution = smallest_peak(self.problem, self.left(), self.solver, self.tiled)
+        _, solution = smallest_peak(self.problem, self.left(), self.solver)
         kept = simulate(self.trace, (), self.rates)
         answer = self._play(self.problem, solution)
         if kept.peak_bytes <= answer.simulation.peak_bytes:
@@ -292,6 +288,7 @@ def _assemble(
         timeline_after=found.timeline,
         solve_seconds=seconds,
         passes=passes,
+        tiles=trace.tiles,
     )
 
 

@@ -11,15 +11,15 @@ from torch import nn
 from memopt.planner.tracing.blocks import call_signature, find_blocks
 from memopt.planner.tracing.recorder import Call, Recorder
 from memopt.planner.tracking import profile, settle
-from memopt.planner.values import Block, Category, Op, Phase, SavedStorage, Storage, Trace
+from memopt.planner.values import Block, Category, Op, Phase, SavedStorage, Storage, Tile, Trace
 
 
-def assemble(model: nn.Module, recorder: Recorder) -> Trace:
+def assemble(model: nn.Module, recorder: Recorder, tiles: tuple[Tile, ...] = ()) -> Trace:
     """Puts operations, storages and blocks together; times are operation numbers of the traced step."""
     history, raw, calls = recorder.history, recorder.raw, recorder.calls
     categories = settle(history)
     passes = _passes(calls)
-    numbers = _block_calls(recorder, passes)
+    numbers = block_calls(recorder)
     owner = _owners(recorder, [calls[number] for number in numbers])
     ops = tuple(
         Op(
@@ -46,7 +46,7 @@ def assemble(model: nn.Module, recorder: Recorder) -> Trace:
         model=type(model).__name__,
         ops=ops,
         storages=storages,
-        blocks=_blocks(recorder, numbers, passes, owner, storages),
+        blocks=_blocks(recorder, numbers, passes, owner, storages, bool(tiles)),
         peak_bytes=profile(history, categories).peak_bytes,
         dtype=_main_dtype(parameters),
         meta={
@@ -55,6 +55,7 @@ def assemble(model: nn.Module, recorder: Recorder) -> Trace:
             "device": recorder.device or "cpu",
             "torch": torch.__version__,
         },
+        tiles=tiles,
     )
 
 
@@ -67,9 +68,9 @@ def _passes(calls: list[Call]) -> list[int]:
     return found
 
 
-def _block_calls(recorder: Recorder, passes: list[int]) -> list[int]:
+def block_calls(recorder: Recorder) -> list[int]:
     """The blocks of the last pass, and the same calls of every other: what only passes repeat is no block."""
-    calls = recorder.calls
+    calls, passes = recorder.calls, _passes(recorder.calls)
     first = next((n for n, number in enumerate(passes) if number == passes[-1]), 0)
     seen: Counter[tuple[int, str]] = Counter()
     keys = []
@@ -100,6 +101,7 @@ def _blocks(
     passes: list[int],
     owner: dict[int, int],
     storages: tuple[Storage, ...],
+    tiled: bool,
 ) -> tuple[Block, ...]:
     phases = recorder.history.phases
     backward: dict[int, list[int]] = {}
@@ -111,7 +113,7 @@ def _blocks(
     blocks = []
     for position, number in enumerate(numbers):
         call = recorder.calls[number]
-        saved, saved_inputs = _saved(recorder, number, storages)
+        saved, saved_inputs = _saved(recorder, number, storages, tiled)
         signature = call_signature(call, recorder.raw)
         work = tuple((op.flops, op.bytes_read) for op in recorder.raw[call.start : call.stop])
         key = (call.kind, signature, work, tuple(s.bytes for s in saved))
@@ -135,18 +137,28 @@ def _blocks(
 
 
 def _saved(
-    recorder: Recorder, number: int, storages: tuple[Storage, ...]
+    recorder: Recorder, number: int, storages: tuple[Storage, ...], tiled: bool
 ) -> tuple[tuple[SavedStorage, ...], tuple[SavedStorage, ...]]:
     """What autograd saves in a call, weights aside: first what is not among its inputs, then what is."""
-    inputs = set(recorder.calls[number].inputs)
-    packed = [storages[id] for id in dict.fromkeys(_packed(recorder.calls, number))]
+    call = recorder.calls[number]
+    inputs = set(call.inputs)
+    packed = [storages[id] for id in dict.fromkeys(id for _, id in recorder.packed(call))]
     packed = [storage for storage in packed if storage.category is not Category.WEIGHTS]
     own = [storage for storage in packed if storage.id not in inputs]
     given = [storage for storage in packed if storage.id in inputs]
-    return _numbered(recorder, own), _numbered(recorder, given)
+    return _numbered(recorder, call, own, tiled), _numbered(recorder, call, given, tiled)
 
 
-def _numbered(recorder: Recorder, found: list[Storage]) -> tuple[SavedStorage, ...]:
+def _let_go(recorder: Recorder, call: Call, storage: Storage, tiled: bool) -> int:
+    """When forward lets go of a saved storage. Autocast's cache would hold casts of weights longer than under a plan,
+    where it lasts no longer than a block's call in tiles, and a block without tiles has none.
+    """
+    if storage.id in recorder.of_weights:
+        return call.stop if tiled else 0
+    return recorder.let_go.get(storage.id, storage.death)
+
+
+def _numbered(recorder: Recorder, call: Call, found: list[Storage], tiled: bool) -> tuple[SavedStorage, ...]:
     return tuple(
         SavedStorage(
             index=index,
@@ -154,19 +166,11 @@ def _numbered(recorder: Recorder, found: list[Storage]) -> tuple[SavedStorage, .
             bytes=storage.bytes,
             producer=-1 if storage.producer is None else storage.producer,
             token_wise=storage.producer is not None and recorder.raw[storage.producer].row_wise,
+            dtype=recorder.saved_dtypes.get(storage.id, ""),
+            let_go=_let_go(recorder, call, storage, tiled),
         )
         for index, storage in enumerate(found)
     )
-
-
-def _packed(calls: list[Call], number: int) -> list[int]:
-    """Storages that a call and the calls inside it saved, in order."""
-    inside, todo = [], [number]
-    while todo:
-        call = calls[todo.pop()]
-        inside += call.saved
-        todo += call.children
-    return [storage for _, storage in sorted(inside)]
 
 
 def _main_dtype(parameters: list[nn.Parameter]) -> str:

@@ -94,9 +94,8 @@ def faked(model: nn.Module, faker: Faker) -> Iterator[None]:
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     try:
         for module, members in zip(modules, attributes, strict=True):
-            planned: Any = members.get("forward")
-            if type(planned).__module__.startswith(_RUNTIME):  # a plan is applied: trace the block without it
-                module.__dict__["forward"] = planned.own
+            if "forward" in members:
+                module.__dict__["forward"] = _without_plan(members["forward"])
             for name in ("_parameters", "_buffers"):
                 table = module.__dict__[name]
                 for key, tensor in list(table.items()):
@@ -117,6 +116,14 @@ def faked(model: nn.Module, faker: Faker) -> Iterator[None]:
             _restore(value, copy)
         torch.set_rng_state(torch_state)
         random.setstate(python_state)
+
+
+def _without_plan(forward: Any) -> Any:
+    """What runs where no plan is applied; tiles that are not a plan's stay."""
+    if not type(forward).__module__.startswith(_RUNTIME):
+        return forward
+    own = _without_plan(forward.own)
+    return own if forward.of_plan else forward.over(own)
 
 
 def _restore(value: Any, copy: Any) -> None:

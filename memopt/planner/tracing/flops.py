@@ -1,4 +1,4 @@
-"""What one dispatched operation computes, moves and is: FLOPs, bytes read and written, views, randomness, token rows.
+"""What one dispatched operation computes, moves and is: FLOPs, bytes read and written, randomness.
 
 FLOPs come from torch's own formulas (``torch.utils.flop_counter``), a multiply-add counted as two; operations without
 a formula count none, their time is the bytes they move. Bytes are those of the tensors, not of the storages behind
@@ -17,30 +17,6 @@ from memopt.planner.silent_writes import silent_writes
 from memopt.planner.tracking import tensors_in
 
 _GATHERS = frozenset({"embedding", "index", "index_select", "gather", "take"})
-
-# Operations that treat every row along the last dimension by itself, beside those that torch tags as pointwise.
-_ROW_WISE = frozenset(
-    {
-        "native_layer_norm",
-        "_fused_rms_norm",
-        "rms_norm",
-        "_softmax",
-        "_log_softmax",
-        "embedding",
-        "native_dropout",
-        "bernoulli_",
-        "bernoulli",
-        "_to_copy",
-        "clone",
-        "copy_",
-        "glu",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-    }
-)
-_LAST_DIM_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var", "linalg_vector_norm"})
-_MATMULS = frozenset({"mm", "addmm", "_scaled_mm"})
 
 
 def short_name(func: Any) -> str:
@@ -117,18 +93,3 @@ def is_random(func: Any, args: Any, kwargs: Any) -> bool:
         if value is not None:
             return not (isinstance(value, (int, float)) and value == 0)
     return True
-
-
-def is_row_wise(func: Any, args: Any, output: Any, weights: frozenset[int]) -> bool:
-    """Whether rows of the output (all dimensions but the last) follow from the same rows of the inputs alone.
-
-    Args:
-        weights: positions among ``args`` that hold parameters; a matrix product with one of them is row-wise.
-    """
-    name = short_name(func)
-    if name in _MATMULS:
-        return bool(weights & {len(args[:3]) - 1, 1})
-    if name in _LAST_DIM_REDUCTIONS and len(args) > 1 and isinstance(args[0], Tensor):
-        dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
-        return [d for d in dims if isinstance(d, int)] in ([-1], [args[0].dim() - 1])
-    return name in _ROW_WISE or torch.Tag.pointwise in func.tags

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.planner.signature import Entry, describe
 from memopt.planner.tracing import flops
+from memopt.planner.tracing.rows import is_row_wise
+from memopt.planner.tracing.saving import Holding
 from memopt.planner.tracking import PhaseWatcher, Record, StorageTracker, tensors_in
 from memopt.planner.values import Category, Phase
 
@@ -35,7 +39,9 @@ class RawOp:
 class Call:
     """One call of a module in forward; ``start`` and ``stop`` number operations, ``sequences`` autograd nodes.
 
-    ``saved`` holds (running number, storage) of what was packed in this call and not in one inside it.
+    ``saved`` holds (running number, storage) of what was packed in this call and not in one inside it. ``rows`` is the
+    shape of the first argument but for its last dimension, where that is the only tensor given and the output is one
+    tensor with the same rows; otherwise None.
     """
 
     path: str
@@ -46,6 +52,7 @@ class Call:
     sequences: tuple[int, int]
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    rows: tuple[int, ...] | None = None
     children: list[int] = field(default_factory=list)
     saved: list[tuple[int, int]] = field(default_factory=list)
 
@@ -65,6 +72,10 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self._packs = 0
         self.saved_dtypes: dict[int, str] = {}
+        self.of_weights: set[int] = set()
+        self.let_go: dict[int, int] = {}
+        self._holding = Holding(super()._ended)
+        self._revived: dict[int, Any] = {}
         self._stand_in = stand_in
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[tuple[nn.Module, int | None]] = []
@@ -85,7 +96,7 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
         """As the tracker's; a real tensor (one that the loss function closes over) and its fake twin are one."""
         return super().observe(tensor if isinstance(tensor, FakeTensor) else self._stand_in(tensor), birth, name)
 
-    def pack(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> Any:
         """Saved-tensor hook: notes that the innermost module call has saved this tensor's storage."""
         record = self.observe(tensor)
         call = self._innermost()
@@ -93,7 +104,33 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
             self._packs += 1
             self.calls[call].saved.append((self._packs, record.id))
             self.saved_dtypes.setdefault(record.id, str(tensor.dtype).removeprefix("torch."))
+            if not self.is_weight(record) or record.id in self.of_weights:
+                return self._holding.hold(tensor, record)
         return tensor
+
+    def unpack(self, saved: Any) -> Tensor:
+        """The other saved-tensor hook: a tensor over another storage, which counts as the one that was saved."""
+        if isinstance(saved, Tensor):
+            return saved
+        tensor: Tensor = saved.tensor()
+        storage, record = tensor.untyped_storage(), saved.record
+        key = storage._cdata
+        self._holding.bodies[record.id] += 1
+        self._live[key] = record
+        self._revived[key] = weakref.ref(storage, functools.partial(self._died, key))
+        return tensor
+
+    def stop(self) -> None:
+        """As the tracker's."""
+        self._holding.closed = True
+        super().stop()
+
+    def _ended(self, record: Record) -> None:
+        """A storage has gone; the record goes with it unless autograd holds it."""
+        if not self._holding.body_died(record):
+            super()._ended(record)
+        elif not self._holding.bodies[record.id]:
+            self.let_go.setdefault(record.id, self.clock)
 
     def _recorded(self, index: int, func: Any, args: Any, kwargs: Any, output: Any, phase: Phase) -> None:
         inputs = [self.observe(tensor) for tensor in tensors_in((args, kwargs), 4)]
@@ -106,8 +143,11 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
         weights = frozenset(
             position
             for position, value in enumerate(args)
-            if isinstance(value, Tensor) and _is_weight(self.observe(value))
+            if isinstance(value, Tensor) and self.is_weight(self.observe(value))
         )
+        random = flops.is_random(func, args, kwargs)
+        if reads and not random and all(self.is_weight(record) for record in inputs):
+            self.of_weights.update(writes)
         node = torch._C._current_autograd_node() if phase is Phase.BACKWARD else None
         self.raw.append(
             RawOp(
@@ -116,12 +156,25 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
                 bytes_written=written_bytes,
                 reads=reads,
                 writes=writes,
-                random=flops.is_random(func, args, kwargs),
-                row_wise=flops.is_row_wise(func, args, output, weights),
+                random=random,
+                row_wise=is_row_wise(func, args, output, weights),
                 entry=describe(func._schema.name, output),
                 sequence=None if node is None else node._sequence_nr(),
             )
         )
+
+    def is_weight(self, record: Record | None) -> bool:
+        """Whether a storage holds parameters, or what was made of nothing else (their casts under autocast)."""
+        return record is not None and (record.category is Category.WEIGHTS or record.id in self.of_weights)
+
+    def packed(self, call: Call) -> list[tuple[int, int]]:
+        """What a call and the calls inside it saved, in order: (running number, storage)."""
+        inside, todo = [], [call]
+        while todo:
+            one = todo.pop()
+            inside += one.saved
+            todo += [self.calls[child] for child in one.children]
+        return sorted(inside)
 
     def _innermost(self) -> int | None:
         return next((call for _, call in reversed(self._stack) if call is not None), None)
@@ -154,11 +207,15 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
             call.stop = self.clock
             call.sequences = (call.sequences[0], torch._C._autograd._get_sequence_nr())
             call.inputs, call.outputs = self._ids((args, kwargs)), self._ids(_plain(output))
+            call.rows = _rows(args, kwargs, output)
 
 
 def _plain(output: Any) -> Any:
     return dict(output) if hasattr(output, "keys") else output
 
 
-def _is_weight(record: Record | None) -> bool:
-    return record is not None and record.category is Category.WEIGHTS
+def _rows(args: Any, kwargs: Any, output: Any) -> tuple[int, ...] | None:
+    given = list(tensors_in((args, kwargs)))
+    if len(given) != 1 or not args or args[0] is not given[0] or not isinstance(output, Tensor):
+        return None
+    return tuple(output.shape[:-1]) if output.shape[:-1] == given[0].shape[:-1] else None

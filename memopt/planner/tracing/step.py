@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from memopt.planner.naming import users_line
-from memopt.planner.tracing.assembling import assemble
+from memopt.planner.tracing.assembling import assemble, block_calls
 from memopt.planner.tracing.cuda_rules import CudaRules, workspace_bytes
 from memopt.planner.tracing.eager import eager_paths, quiet_fakes
 from memopt.planner.tracing.faking import Faker, faked
@@ -23,7 +23,8 @@ from memopt.planner.tracing.losses import LossFn, TraceError, find_loss
 from memopt.planner.tracing.named_optimizers import NamedOptimizer
 from memopt.planner.tracing.optimizers import forget_unused, settled_twin, state_bits, steps_in_backward
 from memopt.planner.tracing.recorder import Recorder
-from memopt.planner.values import Category, Trace
+from memopt.planner.tracing.tiling import find_tiles, in_tiles
+from memopt.planner.values import Category, Tile, Trace
 from memopt.planner.variants import release_gradients
 
 _ONE_AT_A_TIME = threading.RLock()  # what a trace switches off in libraries is the whole process's
@@ -38,6 +39,7 @@ def trace(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     device: str | None = None,
+    tiles: int = 1,
 ) -> Trace:
     """Traces one training step (forward, loss, backward, optimizer step) as it runs once training has settled.
 
@@ -58,25 +60,38 @@ def trace(
         device: type of the device that the step is to run on, "cpu" or "cuda"; default: where the parameters are (those
             on the meta device count as on the CPU). For "cuda" the trace saves what CUDA's kernels save and rounds
             sizes as its allocator does, whether or not there is a GPU.
+        tiles: above 1, the step in which token-wise parts of blocks (MLPs, as a rule) run in that many tiles, one after
+            another, so that what they save can be kept, swapped and recomputed tile by tile and little of the rest is
+            alive at a time. A plan for it makes them do so. Their outputs are those of the whole call up to rounding;
+            dropout in them draws other numbers; gradients of their weights are added up over the tiles.
 
     Returns:
-        The operations, storages and blocks of the step; ``peak_bytes`` is what ``memopt.meter`` would show. Where the
+        The operations, storages and blocks of the step; ``peak_bytes`` is what ``memopt.meter`` would show. ``tiles``
+        names the modules that run in tiles: none where tiles were not asked for, or nothing would gain. Where the
         model asks for a value that no trace can know, and goes on by it, ``meta["guessed_at"]`` names the lines; the
         trace took 1.0, 0 or False there.
 
     Raises:
         TraceError: the model, the loss or the optimizer failed on fake tensors, or no loss could be found.
-        ValueError: an unknown optimizer or device.
+        ValueError: an unknown optimizer or device, or a number of tiles below 1.
         TypeError: ``model`` or ``inputs`` is of another type.
     """
-    _check(model, inputs, accumulate, device)
+    _check(model, inputs, accumulate, device, tiles)
+    if isinstance(optimizer, str):
+        optimizer = NamedOptimizer([p for p in model.parameters() if p.requires_grad], optimizer)
+    step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
+    recorder, made = _traced(model, step, device)
+    if tiles > 1 and (found := find_tiles(recorder, block_calls(recorder), tiles)):
+        with in_tiles(model, found):
+            _, made = _traced(model, step, device, found)
+    return made
+
+
+def _traced(model: nn.Module, step: Step, device: str | None, tiles: tuple[Tile, ...] = ()) -> tuple[Recorder, Trace]:
     faker = Faker()
     target = device or _device_of(model)
     recorder = Recorder(model, target, faker.stand_in)
     rules = CudaRules() if target == "cuda" and _device_of(model) == "cpu" else nullcontext()
-    if isinstance(optimizer, str):
-        optimizer = NamedOptimizer([p for p in model.parameters() if p.requires_grad], optimizer)
-    step = Step(inputs, loss_fn, optimizer, autocast, accumulate)
     try:
         with _ONE_AT_A_TIME, torch.enable_grad(), eager_paths(), quiet_fakes(), faked(model, faker):
             bits, guessed_at = _run(model, faker, recorder, step, rules)
@@ -84,15 +99,14 @@ def trace(
         raise
     except Exception as error:
         raise TraceError(_explain(recorder, error)) from error
-    made = assemble(model, recorder)
+    made = assemble(model, recorder, tiles)
     if guessed_at:
         made = replace(made, meta={**made.meta, "guessed_at": ", ".join(guessed_at)})
-    if bits is None:
-        return made
-    made = replace(made, meta={**made.meta, "state_bits": bits})
-    if accumulate == 1 and steps_in_backward(model):
-        made = release_gradients().apply(replace(made, meta={**made.meta, "gradients": "released"}))
-    return made
+    if bits is not None:
+        made = replace(made, meta={**made.meta, "state_bits": bits})
+        if step.accumulate == 1 and steps_in_backward(model):
+            made = release_gradients().apply(replace(made, meta={**made.meta, "gradients": "released"}))
+    return recorder, made
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class Step:
     accumulate: int
 
 
-def _check(model: Any, inputs: Any, accumulate: int, device: str | None) -> None:
+def _check(model: Any, inputs: Any, accumulate: int, device: str | None, tiles: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -122,6 +136,8 @@ def _check(model: Any, inputs: Any, accumulate: int, device: str | None) -> None
         raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
+    if not isinstance(tiles, int) or tiles < 1:
+        raise ValueError(f"tiles must be a whole number of at least 1, not {tiles!r}")
 
 
 def _device_of(model: nn.Module) -> str:
@@ -156,7 +172,7 @@ def _run(
         try:
             for _ in range(step.accumulate):
                 context = nullcontext() if autocast is None else torch.autocast(device, autocast)
-                with torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpacked), rules, context:
+                with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), rules, context:
                     output = model(*positional, **named)
                     loss = find_loss(output, step.loss_fn)
                 torch.clear_autocast_cache()  # as leaving the outermost context does
@@ -169,10 +185,6 @@ def _run(
         finally:
             recorder.stop()
     return None if twin is None else state_bits(twin), list(guesses.guessed_at)
-
-
-def _unpacked(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -207,7 +207,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         record = self._live.pop(key, None)
         self._known.discard(key)
         if record is not None:
-            record.death, record.watch = max(self.clock, record.birth + 1), None
+            self._ended(record)
+
+    def _ended(self, record: Record) -> None:
+        record.death, record.watch = max(self.clock, record.birth + 1), None
 
     def _watch_resizes(self) -> None:
         """FSDP frees and takes back the memory of gathered parameters by resizing storages that live on."""
