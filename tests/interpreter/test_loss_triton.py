@@ -12,7 +12,7 @@ from torch import Tensor
 from memopt.kernels.losses import contrastive_loss, dense_linear_cross_entropy, linear_cross_entropy
 from memopt.kernels.losses.logits_torch import logit_statistics as plain_statistics
 from memopt.kernels.losses.logits_torch import softmax_gradient_ as plain_gradient_
-from tests.kernels.loss_cases import Case, check_no_further
+from tests.kernels.loss_cases import Case, check_as_close, check_no_further
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
@@ -43,18 +43,17 @@ def test_row_kernels(R: int, V: int, cap: float, everything: bool, soft: bool, d
     expected, best = plain_statistics(x, *rest, True, True)
     ours, argmax = logits_triton.logit_statistics(x, *rest, True, True)
     assert torch.equal(argmax, best)
-    for name, a, b in zip(("maximum", "sum", "expected", "target", "weighted"), ours, expected, strict=True):
-        scale = V if name in ("sum", "expected", "weighted") else 1
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6 * scale, msg=name)
+    exact = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in rest]
+    truth, _ = plain_statistics(x.double(), *exact, True, True)
+    for a, b, t in zip(ours, expected, truth, strict=True):  # maximum, sum, expected, target, weighted
+        check_as_close(a, b, t)
     coefficients = torch.rand(4, R)
     coefficients[0] += ours[0] + ours[1].log()
-    first, second = x.clone(), x.clone()
-    by_scale = plain_gradient_(first, coefficients, *rest, True)
-    torch.testing.assert_close(
-        logits_triton.softmax_gradient_(second, coefficients, *rest, True), by_scale, rtol=2e-5, atol=1e-5 * V
-    )
-    # The last place may differ where float32 values lie next to a boundary between two of the narrow type.
-    torch.testing.assert_close(second, first, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    plain, made, wide = x.clone(), x.clone(), x.double()
+    of_scale = plain_gradient_(wide, coefficients.double(), *exact, True)
+    plain_of_scale = plain_gradient_(plain, coefficients, *rest, True)
+    check_as_close(logits_triton.softmax_gradient_(made, coefficients, *rest, True), plain_of_scale, of_scale)
+    check_as_close(made, plain, wide)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,34 +62,33 @@ def test_pair_kernels(R: int, C: int, dtype: torch.dtype) -> None:
     from memopt.kernels.losses import pairs_torch, pairs_triton
 
     x = torch.randn(R, C + 3).to(dtype)[:, :C]  # rows that do not lie next to each other
-    scale, coefficient = torch.tensor(4.0), torch.tensor(0.02)
     runs = []
-    for use in (pairs_torch, pairs_triton):
-        highest, total = torch.full((C,), -float("inf")), torch.zeros(C)
-        for part in (x, 2 * x):  # a second chunk merges
+    for use, kind in ((pairs_torch, torch.float32), (pairs_triton, torch.float32), (pairs_torch, torch.float64)):
+        scale, coefficient = torch.tensor(4.0, dtype=kind), torch.tensor(0.02).to(kind)
+        highest, total = torch.full((C,), -float("inf"), dtype=kind), torch.zeros(C, dtype=kind)
+        d = x.to(kind) if kind == torch.float64 else x.clone()
+        for part in (d, 2 * d):  # a second chunk merges
             use.column_statistics_(highest, total, part, scale)
-        rows = torch.stack([(scale * x).float().amax(1), torch.linspace(0.1, 1.0, R)])
+        rows = torch.stack([(4.0 * x).float().amax(1), torch.linspace(0.1, 1.0, R)]).to(kind)
         columns = torch.stack([highest, coefficient / total])
-        d = x.clone()
         target = torch.arange(R) - 1  # the first row's pair is in another chunk, as may be others
         by_scale = use.pair_gradient_(d, rows, columns, target, coefficient, scale)
         runs.append((highest, total, by_scale, d))
-    for name, ours, plain in zip(("highest", "total", "by_scale"), runs[1], runs[0], strict=False):
-        torch.testing.assert_close(ours, plain, rtol=2e-5, atol=2e-6 * C, msg=name)
-    # The last place may differ where float32 values lie next to a boundary between two of the narrow type.
-    torch.testing.assert_close(runs[1][3], runs[0][3], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    for plain, ours, truth in zip(*runs, strict=True):
+        check_as_close(ours, plain, truth)
 
 
 def test_contrastive_loss_with_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    for kind in ("torch", "triton"):
+    queries, keys = torch.randn(40, 8), torch.randn(40, 8)
+    for kind, dtype in (("torch", torch.float32), ("triton", torch.float32), ("torch", torch.float64)):
         monkeypatch.setenv("MEMOPT_KERNELS", kind)
-        torch.manual_seed(4)
-        q, k, scale = torch.randn(40, 8).requires_grad_(), torch.randn(40, 8).requires_grad_(), torch.tensor(3.0)
-        loss = contrastive_loss(q, k, logit_scale=scale.requires_grad_(), chunk_bytes=13 * 160)
+        q, k, scale = (t.to(dtype, copy=True).requires_grad_() for t in (queries, keys, torch.tensor(3.0)))
+        loss = contrastive_loss(q, k, logit_scale=scale, chunk_bytes=13 * 160)
         loss.backward()
         made.append([loss.detach(), q.grad, k.grad, scale.grad])
-    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)
+    for plain, ours, truth in zip(*made, strict=True):
+        check_as_close(ours, plain, truth)
 
 
 CASES = {
@@ -156,7 +154,9 @@ def test_entries_in_another_order_change_nothing_but_rounding() -> None:
         case.run(linear_cross_entropy, torch.float32, torch.float32, mode="tiles", gradient_filter=f, chunk_bytes=6144)
         for f in (0.0, 1e-30)
     )
-    torch.testing.assert_close(ordered, plain, rtol=1e-5, atol=1e-6)
+    truth = case.run(dense_linear_cross_entropy, torch.float32, torch.float64)
+    for name, ours in ordered.items():
+        check_no_further(name, ours, plain[name], truth[name], torch.float32)
 
 
 def test_tiles_refuse_what_they_cannot_do() -> None:

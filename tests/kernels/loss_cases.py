@@ -106,6 +106,15 @@ def check_no_further(name: str, ours: Tensor, plain: Tensor, truth: Tensor, dtyp
     assert error(ours, truth) <= limit * error(plain, truth) + floor, (name, error(ours, truth), limit)
 
 
+def check_as_close(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """Ours is no further from the truth than the plain result: in norm, and of a matrix at the worst element too."""
+    assert ours.shape == plain.shape == truth.shape
+    assert error(ours, truth) <= ratio_limit(ours, plain, truth) * error(plain, truth) + 4e-7
+    if truth.dim() > 1:
+        worst = [float((value.double() - truth).abs().max()) for value in (ours, plain)]
+        assert worst[0] <= 2 * worst[1] + 4 * 2.0**-24 * float(truth.abs().max())
+
+
 def ratio_limit(ours: Tensor, plain: Tensor, truth: Tensor) -> float:
     """How far the ratio of two errors in norm may exceed one by chance when both have the same expectation.
 

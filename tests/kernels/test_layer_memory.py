@@ -68,7 +68,7 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[[
 def run(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     leaves = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
     out = function(*leaves)
-    upstream = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+    upstream = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
     out.backward(upstream.to(dtype))
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -88,11 +88,22 @@ def test_matches_torch(
     truth = run(plain, inputs, torch.float64)
     for index, (a, b, exact) in enumerate(zip(run(ours, inputs, dtype), run(plain, inputs, dtype), truth, strict=True)):
         assert a.shape == exact.shape
-        if shape == (1, 1) and "norm" in name:
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=3e-3)  # normalising one number: nothing but cancellation
+        if shape == (1, 1) and name == "layer_norm" and index in (1, 2):
+            assert not a.any()  # one number is its own mean: float64 leaves roundings of it, these nothing
+            continue
+        wide = dtype if dtype == torch.float64 else torch.float32
+        if shape == (1, 1) and name == "rms_norm" and index == 1:
+            # One number's norm hardly depends on it: two terms of this size cancel, each of a few roundings.
+            term = inputs[1].double() / (inputs[0].double().square() + 1e-6).sqrt()
+            slack = 8 * torch.finfo(wide).eps * term.abs() + torch.finfo(dtype).eps * exact.abs()
+            assert (a.double() - exact).abs() <= slack
             continue
         # The truth has float64's own rounding errors.
-        floor = 8 * torch.finfo(dtype).eps if dtype == torch.float64 else 2 * torch.finfo(torch.float32).eps
+        floor = (8 if dtype == torch.float64 else 2) * torch.finfo(wide).eps
+        if shape == (1, 1):
+            # The plain result may be lucky. At x = 4.6 the slope of geglu_tanh takes 14 times what 1 - tanh^2, with
+            # two roundings, leaves of 1; beside that a dozen roundings, and the last one.
+            floor = 20 * torch.finfo(wide).eps + torch.finfo(dtype).eps / 2
         assert error(a, exact) <= 1.3 * error(b, exact) + floor, (index, error(a, exact), error(b, exact))
 
 
@@ -170,7 +181,7 @@ def test_masks_and_draws_are_the_same_on_every_implementation(monkeypatch: pytes
     (plain_bits, plain_drawn, plain_flags), (bits, drawn, ours) = made
     assert torch.equal(bits, plain_bits)
     assert torch.equal(ours, plain_flags)
-    torch.testing.assert_close(drawn, plain_drawn, rtol=2e-7, atol=0)
+    torch.testing.assert_close(drawn, plain_drawn, rtol=4 * 2.0**-24, atol=0)  # 1 / (1 - p) and the product, on both
 
 
 def kept_bytes(function: Callable[..., Any], *inputs: Tensor) -> int:
