@@ -14,8 +14,8 @@ from memopt.kernels import State
 from memopt.optim import sharding
 
 if TYPE_CHECKING:
-    from memopt.optim.batch import Slot
     from memopt.optim.optimizer import RuleOptimizer
+    from memopt.optim.slot import Slot
 
 VERSION = 1
 HEADER = ("rule", "version", "skipped_steps")

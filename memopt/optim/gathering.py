@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from memopt.optim import sharding
 from memopt.optim.batch import Batch
 from memopt.optim.coverage import All
+from memopt.optim.gradients import require_dense
 
 if TYPE_CHECKING:
     from memopt.optim.optimizer import RuleOptimizer
@@ -90,12 +90,7 @@ def _facts(optimizer: RuleOptimizer) -> list[Any]:
     for group in optimizer.param_groups:
         params = group["params"]
         grads = [param.grad for param in params]
-        for param, grad in zip(params, grads, strict=True):
-            if grad is not None and grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} got a sparse gradient for a parameter of shape {tuple(param.shape)}; "
-                    "it takes dense gradients (for an embedding, sparse=False)"
-                )
+        require_dense(params, type(optimizer).__name__)
         facts += [
             _structure(group),
             [None if grad is None else grad.dtype for grad in grads],

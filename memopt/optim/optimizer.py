@@ -11,13 +11,15 @@ from torch._compile import _disable_dynamo
 
 from memopt.kernels import State
 from memopt.optim import checkpoint, checks, kahan, scaling, sharding
-from memopt.optim.batch import Batch, Slot
+from memopt.optim.batch import Batch
 from memopt.optim.coverage import All, Coverage
 from memopt.optim.formats import StateFormat, format_for, get_format
 from memopt.optim.gathering import Gathering
+from memopt.optim.gradients import any_nonfinite
 from memopt.optim.layout import is_flat
 from memopt.optim.reaching import reach_of
 from memopt.optim.scaling import Uncertain
+from memopt.optim.slot import Slot
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -199,18 +201,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         return float(getattr(self, "found_inf", 0.0)) > 0
 
     def _skips(self, batches: list[Batch]) -> bool:
-        grads = [
-            grad for batch in batches if batch.group["skip_nonfinite"] for grad in map(sharding.local_of, batch.grads)
-        ]
-        if not grads:
-            return False
-        largest = torch.stack([g.abs().amax().float().cpu() for g in grads if g.numel()] or [torch.zeros(())])
-        bad = (~torch.isfinite(largest).all()).float()
-        for param in (param for group in self.param_groups for param in group["params"]):
-            if sharding.is_sharded(param):  # ranks see different parts and must decide alike
-                sharding.reduce_max(bad := bad.to(sharding.local_of(param).device), param)
-                break
-        if not bad:
+        grads = [grad for batch in batches if batch.group["skip_nonfinite"] for grad in batch.grads]
+        if not any_nonfinite(grads, (param for group in self.param_groups for param in group["params"])):
             return False
         for group in self.param_groups:
             group["skipped_steps"] += 1

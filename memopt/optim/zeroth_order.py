@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memopt.optim import checks
+from memopt.optim.coverage.bases import base_factory, trainable
 from memopt.optim.coverage.blocks import Block, find_blocks, given_blocks
-from memopt.optim.coverage.nested import base_factory, trainable
-from memopt.optim.directions import SameNoise, direction
+from memopt.optim.directions import Directions, SameNoise
 from memopt.optim.gradient_release import Alone
 from memopt.optim.sharding import is_sharded, local_of
 
 ORDERS = ("ascending", "descending", "random")
 OWN_RULES = ("sgd", "sign")
+_COUNTED = ("steps", "skipped_steps", "seed")
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -173,7 +175,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the count of steps in every group, so that a resumed run draws the same directions."""
-        position = json.dumps({"steps": self.steps, "skipped_steps": self.skipped_steps, "seed": self.seed})
+        position = json.dumps({name: getattr(self, name) for name in _COUNTED})
         for group in self.param_groups:
             group["zeroth_order"] = position
         return super().state_dict() if self.inner is None else self.inner.state_dict()
@@ -184,19 +186,26 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             ValueError: it is of another kind of optimizer; nothing has changed.
         """
-        groups = state_dict.get("param_groups") or [{}]
-        try:
-            position = json.loads(groups[0]["zeroth_order"])
-            steps, skipped_steps, seed = (position[name] for name in ("steps", "skipped_steps", "seed"))
-        except (KeyError, ValueError, TypeError):
-            raise ValueError("the state dict has no position of ZerothOrder; was it saved by one?") from None
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be what an optimizer's returned")
+        position = _position(state_dict)
         if self.inner is None:
             super().load_state_dict(cast("dict[str, Any]", state_dict))
         else:
             self.inner.load_state_dict(cast("dict[str, Any]", state_dict))
             self.param_groups, self.state = self.inner.param_groups, self.inner.state
             self._alone = Alone(self.inner)
-        self.steps, self.skipped_steps, self.seed = steps, skipped_steps, seed
+        self.steps, self.skipped_steps, self.seed = (position[name] for name in _COUNTED)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once directions are counted: make a new optimizer over all parameters instead."""
+        if hasattr(self, "blocks"):
+            raise ValueError("the parameters of this ZerothOrder are fixed; make a new one over all of them")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        wrapped = ("step", "zero_grad")  # schedulers put theirs on the instance
+        return {k: v for k, v in self.__dict__.items() if k not in wrapped and not k.startswith("_optimizer_")}
 
     def _find(self, blocks: str | Sequence[object] | None) -> list[Block]:
         if blocks is None:
@@ -207,26 +216,14 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"blocks is {blocks!r}; list the blocks, or pass the module as model and blocks='auto'")
         return find_blocks(self._module)
 
-    def _measure(self, closure: Callable[[], Any], params: list[Tensor]) -> tuple[list[float], list[float]]:
-        """Losses, and per sample the slope along its direction.
+    def _directions(self) -> Directions:
+        """Those of the present step."""
+        return Directions(f"{self.seed}/{self.steps}", self.samples, self._numbers)
 
-        Parameters are as before, but for rounding, whether or not the closure fails.
-        """
+    def _measure(self, closure: Callable[[], Any], params: list[Tensor]) -> tuple[list[float], list[float]]:
+        """Losses, and per sample the slope along its direction; parameters are as before, but for rounding."""
         noise = SameNoise(params)
-        losses, slopes = [], []
-        before = self._loss(closure, noise) if self.sides == 1 else 0.0
-        for sample in range(self.samples):
-            found, at = [], 0.0
-            try:
-                for place in (self.eps, -self.eps)[: self.sides]:
-                    self._move(params, sample, place - at)
-                    at = place
-                    found.append(self._loss(closure, noise))
-            finally:
-                self._move(params, sample, -at)
-            losses += found
-            slopes.append((found[0] - before) / self.eps if self.sides == 1 else (found[0] - found[1]) / (2 * self.eps))
-        return losses, slopes
+        return self._directions().measure(lambda: self._loss(closure, noise), params, self.eps, self.sides)
 
     def _loss(self, closure: Callable[[], Any], noise: SameNoise) -> float:
         self._reshard()
@@ -241,25 +238,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 if hasattr(module, "reshard"):
                     cast(Any, module).reshard()
 
-    def _direction(self, param: Tensor, sample: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(part of the parameter, the direction there in fp32), piece by piece."""
-        return direction(param, f"{self.seed}/{self.steps}/{sample}/{self._numbers[param]}")
-
-    def _move(self, params: list[Tensor], sample: int, distance: float) -> None:
-        for param in params:
-            for part, z in self._direction(param, sample):
-                part.add_(z, alpha=distance)
-
-    def _gradient(self, param: Tensor, scales: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(part, the estimated gradient there) over all samples."""
-        for pieces in zip(*(self._direction(param, sample) for sample in range(self.samples)), strict=True):
-            total = pieces[0][1].mul_(scales[0])
-            for (_, z), scale in zip(pieces[1:], scales[1:], strict=True):
-                total.add_(z, alpha=scale)
-            yield pieces[0][0], total
-
     def _update(self, params: list[Tensor], scales: list[float]) -> None:
-        wanted = set(params)
+        wanted, along = set(params), self._directions()
         for group in self.param_groups:
             for param in group["params"]:
                 if param not in wanted:
@@ -268,7 +248,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     gradient = torch.empty_like(param)
                     target = local_of(gradient)
                     start = 0
-                    for part, g in self._gradient(param, scales):
+                    for part, g in along.gradient(param, scales):
                         if part.shape == target.shape:
                             target.copy_(g)
                         else:
@@ -279,8 +259,21 @@ class ZerothOrder(torch.optim.Optimizer):
                     param.grad = None
                     continue
                 lr, keep = float(group["lr"]), 1.0 - float(group["lr"]) * float(group["weight_decay"])
-                for part, g in self._gradient(param, scales):
+                for part, g in along.gradient(param, scales):
                     part.copy_(part.float() * keep - lr * (g.sign_() if self.rule == "sign" else g))
+
+
+def _position(state_dict: Mapping[str, Any]) -> dict[str, int]:
+    """The counts and the seed that a state dict carries."""
+    groups = state_dict.get("param_groups") or [{}]
+    try:
+        position: dict[str, int] = json.loads(groups[0]["zeroth_order"])
+        checks.whole(position, *_COUNTED, maximum=2**63 - 1)
+    except KeyError:
+        raise ValueError("the state dict has no position of ZerothOrder; was it saved by one?") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the state dict's position of ZerothOrder cannot be read, nothing loaded: {error}") from None
+    return position
 
 
 def _check(eps: float, samples: int, sides: int, switch_every: int, order: str) -> None:

@@ -64,7 +64,7 @@ def slope(rank: int) -> tuple[float, float]:
     loss_of(module, 0).backward()
     true = torch.zeros(())
     for p in params:
-        z = torch.cat([z.flatten() for _, z in optimizer._direction(p, 0)])
+        z = torch.cat([z.flatten() for _, z in optimizer._directions().of(p, 0)])
         true += (p.grad.to_local().flatten() * z).sum()
     both = torch.tensor([measured / dist.get_world_size(), true])
     dist.all_reduce(both)

@@ -284,7 +284,7 @@ def test_wrong_models_and_bases_say_what_is_wrong() -> None:
         BlockCoordinate(nn.Linear(1, 1).requires_grad_(False), AdamW8bit)
     with pytest.raises(TypeError, match=r"model is a Parameter"):
         BlockCoordinate(model.position, AdamW8bit)
-    with pytest.raises(ValueError, match="blocks are fixed"):
+    with pytest.raises(ValueError, match="parameters of this BlockCoordinate are fixed"):
         BlockCoordinate(model, AdamW8bit).add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 

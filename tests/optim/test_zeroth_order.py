@@ -17,7 +17,7 @@ from tests.optim.coverage_models import assert_same, loss_of, tiny, values
 
 def drawn(optimizer: ZerothOrder, param: Tensor, sample: int) -> Tensor:
     """The direction as one tensor of the parameter's shape."""
-    return torch.cat([z.flatten() for _, z in optimizer._direction(param, sample)]).view(param.shape)
+    return torch.cat([z.flatten() for _, z in optimizer._directions().of(param, sample)]).view(param.shape)
 
 
 def double(size: int = 7) -> nn.Module:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import Codec, State
-from memopt.optim.batch import Slot
 from memopt.optim.conversion.plain import StateDict
 from memopt.optim.layout import Extent, row_shape
 from memopt.optim.optimizer import RuleOptimizer
+from memopt.optim.slot import Slot
 
 BLOCK = 256
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from memopt.optim import sharding
-from memopt.optim.batch import Slot
 from memopt.optim.checkpoint import HEADER, OWN_OPTIONS
 from memopt.optim.conversion.codes import Shared, shared_codes
 from memopt.optim.conversion.plain import Library, StateDict, mapped, step_tensor
 from memopt.optim.formats import get_format
 from memopt.optim.registry import rules_by_name
+from memopt.optim.slot import Slot
 
 
 def _slots(state_dict: Mapping[str, Any], rule: str) -> Iterator[tuple[Any, Slot]]:

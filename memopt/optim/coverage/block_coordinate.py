@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,9 @@ from torch._compile import _disable_dynamo
 
 from memopt.optim import checks
 from memopt.optim.coverage.blocks import Block, check_sizes, find_blocks, given_blocks
+from memopt.optim.coverage.greedy import GradientNorms
 from memopt.optim.coverage.nested import Nested, Seat
-from memopt.optim.sharding import is_sharded, local_of
+from memopt.optim.sharding import is_sharded
 
 ORDERS = ("random", "ascending", "descending", "fixed", "greedy")
 
@@ -90,11 +91,7 @@ class BlockCoordinate(Nested):
         self._visit, self._since = 0, 0
         self._active = start
         self._active = self._next()
-        self._scores = torch.zeros(0)
-        self._homes: dict[Tensor, list[int]] = {}
-        self._probes: list[tuple[Tensor, Any]] = []
-        self._recorders: list[Any] = []
-        self._latest: dict[Tensor, Tensor] = {}
+        self._norms = GradientNorms()
         self._occupy(self._seats({}))
 
     @property
@@ -116,6 +113,8 @@ class BlockCoordinate(Nested):
                 loss = closure()
         if self.process_group is not None:
             self._average(self.process_group)
+        if self._skips():
+            return loss
         for seat in self._occupied:
             if seat.extra and seat.param.grad is not None:
                 seat.stand_in.grad = seat.param.grad.to(seat.stand_in.dtype)
@@ -134,19 +133,12 @@ class BlockCoordinate(Nested):
 
     def restore(self) -> None:
         """Let every parameter require gradients again, as before; the optimizer is not to be used afterwards."""
-        self._unprobe()
+        self._norms.stop()
         for param in self._named.values():
             param.requires_grad_(True)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once the blocks are fixed: make a new optimizer over all parameters instead."""
-        if hasattr(self, "blocks"):
-            raise ValueError("BlockCoordinate's blocks are fixed; make a new one over all parameters")
-        super().add_param_group(param_group)
-
     def __getstate__(self) -> dict[str, Any]:
-        hooks: dict[str, Any] = {"_probes": [], "_recorders": [], "_latest": {}}  # of tensors that a copy does not have
-        return {**super().__getstate__(), **hooks}
+        return {**super().__getstate__(), "_norms": GradientNorms()}  # hooks are of tensors that a copy does not have
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -178,9 +170,9 @@ class BlockCoordinate(Nested):
     def _switch(self) -> None:
         self._visit, self._since = self._visit + 1, 0
         before = self._active
-        self._active = self._largest() if self.order == "greedy" else self._next()
+        self._active = self._norms.largest(self.process_group) if self.order == "greedy" else self._next()
         if self._active == before:  # the same block again goes on with the state it has
-            self._unprobe()
+            self._norms.stop()
             self._probe()
             self._mirror_live()
         else:
@@ -238,7 +230,7 @@ class BlockCoordinate(Nested):
         return Seat(index, group, param, copy, {"master": copy.detach()})
 
     def _occupy(self, seats: list[Seat], inner: torch.optim.Optimizer | None = None) -> None:
-        self._unprobe()
+        self._norms.stop()
         wanted = {id(seat.param) for seat in seats}
         for param in self._named.values():
             param.requires_grad_(id(param) in wanted)
@@ -255,64 +247,12 @@ class BlockCoordinate(Nested):
                 seat.param.grad.div_(group.size())
 
     def _probe(self) -> None:
-        """Before the last step of a greedy visit: measure the gradients of all other blocks, keeping none of them."""
-        if self.order != "greedy" or self._since != self.switch_every - 1 or self._probes:
-            return
-        self._scores = torch.zeros(len(self.blocks), dtype=torch.float64)
-        homes: dict[Tensor, list[int]] = {}
-        for number, block in enumerate(self.blocks):
-            for param in block.params:
-                homes.setdefault(param, []).append(number)
-        active = {seat.param for seat in self._occupied}
-        for param, numbers in homes.items():
-            if param in active:
-                self._recorders.append(cast(Any, param).register_post_accumulate_grad_hook(self._record))
-            else:
-                param.requires_grad_(True)
-                hook = cast(Any, param).register_post_accumulate_grad_hook(self._measurer(numbers))
-                self._probes.append((param, hook))
-        self._homes = homes
-
-    def _record(self, param: Tensor) -> None:
-        """The active block's gradients are measured in backward too: a GradScaler divides them before the step."""
-        if param.grad is not None:
-            self._latest[param] = _squares(param.grad)
-
-    def _measurer(self, numbers: list[int]) -> Callable[[Tensor], None]:
-        scores = self._scores
-
-        def measure(param: Tensor) -> None:
-            if param.grad is not None:
-                scores[numbers] += _squares(param.grad)
-                param.grad = None
-
-        return measure
-
-    def _unprobe(self) -> None:
-        for param, hook in self._probes:
-            hook.remove()
-            param.requires_grad_(False)
-        for hook in self._recorders:
-            hook.remove()
-        self._probes, self._recorders, self._latest = [], [], {}
-
-    def _largest(self) -> int:
-        """The block with the largest gradient norm; ranks add up what each has seen, so that all choose alike."""
-        for seat in self._occupied:
-            if seat.param.grad is not None:
-                latest = self._latest.get(seat.param)
-                self._scores[self._homes[seat.param]] += _squares(seat.param.grad) if latest is None else latest
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._scores, group=self.process_group)
-        return int(self._scores.argmax())
+        """Before the last step of a greedy visit: measure the gradients of all blocks."""
+        if self.order == "greedy" and self._since == self.switch_every - 1:
+            self._norms.start(self.blocks, {seat.param for seat in self._occupied})
 
 
 def _check_options(given: Mapping[str, Any]) -> None:
     checks.whole(given, "switch_every", minimum=1)
     checks.whole(given, "seed")
     checks.one_of(given, "order", ORDERS)
-
-
-def _squares(grad: Tensor) -> Tensor:
-    """The sum of squares of the part held here; 0 where it is not finite, as after an overflow that is skipped."""
-    return local_of(grad).float().square().sum().double().cpu().nan_to_num(nan=0.0, posinf=0.0)

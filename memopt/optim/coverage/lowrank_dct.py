@@ -98,6 +98,9 @@ class LowRankDCT(Partial):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._require_dense()
+        if self._skips():
+            return loss
         if self._since == 0:
             for seat in self._occupied:
                 if seat.extra and seat.param.grad is not None:

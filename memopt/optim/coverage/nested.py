@@ -8,14 +8,16 @@ one group per outer group; options are copied to it before every step.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from memopt.optim import checks
+from memopt.optim.coverage.bases import base_factory, trainable
+from memopt.optim.coverage.resuming import parse, read
+from memopt.optim.gradients import any_nonfinite
 from memopt.optim.sharding import local_of
 
 _NOT_OPTIONS = ("params", "param_names", "coverage")
@@ -38,54 +40,6 @@ class Seat:
     param: Tensor
     stand_in: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _ByName:
-    """Makes the optimizer of a name, looked up when called."""
-
-    name: str
-
-    def __call__(self, params: Any, **options: Any) -> torch.optim.Optimizer:
-        from memopt.optim.registry import make
-
-        return make(self.name, params, **options)
-
-
-def base_factory(base: Any) -> Callable[..., torch.optim.Optimizer]:
-    """What makes an optimizer from parameters and options: the class itself, or a name looked up when called."""
-    if isinstance(base, str):
-        return _ByName(base)
-    wrong = isinstance(base, type) and not issubclass(base, torch.optim.Optimizer)
-    if wrong or isinstance(base, torch.optim.Optimizer) or not callable(base):
-        found = f"an {type(base).__name__}, made already" if isinstance(base, torch.optim.Optimizer) else repr(base)
-        raise TypeError(f"base is {found}; it must be an optimizer class such as memopt.optim.AdamW8bit, or its name")
-    return cast("Callable[..., torch.optim.Optimizer]", base)
-
-
-def trainable(model: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor], nn.Module | None]:
-    """Parameter groups, names and, where one was given, the module."""
-    if isinstance(model, nn.Module):
-        named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not named:
-            raise ValueError("the model has no parameter that requires gradients; nothing can be trained")
-        return [{"params": list(named.values())}], named, model
-    items = [] if isinstance(model, Tensor | str) or not isinstance(model, Iterable) else list(model)
-    if not all(isinstance(item, Tensor | tuple | Mapping) for item in items) or (not items and model != []):
-        raise TypeError(
-            f"model is a {type(model).__name__}; it must be a module, a list of parameters, or parameter groups"
-        )
-    groups = [dict(item) for item in items] if items and isinstance(items[0], Mapping) else [{"params": items}]
-    named = {}
-    for group in groups:
-        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        params = [p if isinstance(p, tuple) else (str(len(named) + i), p) for i, p in enumerate(params)]
-        kept = [(name, p) for name, p in params if p.requires_grad]
-        named.update(kept)
-        group["params"] = [p for _, p in kept]
-    if not named:
-        raise ValueError("model holds no parameter that requires gradients; nothing can be trained")
-    return [group for group in groups if group["params"]], named, None
 
 
 class Nested(torch.optim.Optimizer):
@@ -149,11 +103,17 @@ class Nested(torch.optim.Optimizer):
         Raises:
             ValueError: not a position of a coverage like this one.
         """
-        wanted = self._parse(position)
+        wanted = parse(self, position)
         self._set_position(wanted)
         self._occupy(self._seats({}))
         if wanted["started"]:
             self._initialise()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the parameters are divided: make a new optimizer over all of them instead."""
+        if hasattr(self, "inner"):
+            raise ValueError(f"the parameters of this {type(self).__name__} are fixed; make a new one over all of them")
+        super().add_param_group(param_group)
 
     def state_bytes(self) -> int:
         """Bytes of everything kept between steps: the inner optimizer's states and what the coverage adds."""
@@ -184,8 +144,8 @@ class Nested(torch.optim.Optimizer):
         incoming: dict[str, Any] = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             incoming = before(self, incoming) or incoming
-        groups, states = self._read(incoming)
-        wanted = self._parse(groups[0].get("coverage"))
+        groups, states = read(self, incoming)
+        wanted = parse(self, groups[0].get("coverage"))
         old = dict(self.__dict__)  # positions and seats replace attributes and change none in place
         try:
             self._set_position(wanted)
@@ -210,45 +170,6 @@ class Nested(torch.optim.Optimizer):
     def _started(self) -> bool:
         """Whether the inner optimizer has states."""
         return self.inner is not None and any(self.inner.state.values())
-
-    def _parse(self, text: Any) -> dict[str, Any]:
-        name = type(self).__name__
-        try:
-            position = json.loads(text)
-        except (TypeError, ValueError):
-            position = None
-        if not isinstance(position, dict):
-            raise ValueError(f"expected a position of {name} and found {text!r}; was this saved by {name}?")
-        if position.get("of") != name:
-            raise ValueError(f"this is a position of {position.get('of')!r}, this optimizer is {name}: {text}")
-        missing = [key for key in ("started", *self._get_position()) if key not in position]
-        if missing:
-            raise ValueError(f"the position lacks {', '.join(missing)}, nothing loaded: {text}")
-        try:
-            checks.flag(position, "started")
-            checks.whole(position, "visit", "since", maximum=2**63 - 1)
-            self._check_position(position)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the position does not fit this {name}, nothing loaded: {error}") from error
-        return position
-
-    def _read(self, incoming: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-        """The groups of a state dict, and its states by position: it may name parameters instead of counting them."""
-        if "state" not in incoming or "param_groups" not in incoming:
-            raise ValueError(f"the state dict needs 'state' and 'param_groups'; it has {sorted(incoming)}")
-        groups, states = cast("list[dict[str, Any]]", incoming["param_groups"]), incoming["state"]
-        if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
-            raise ValueError("param_groups of the state dict is no list of groups with 'params'; nothing loaded")
-        if not isinstance(states, Mapping):
-            raise ValueError("state of the state dict is no mapping of parameters to their states; nothing loaded")
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved = [len(group["params"]) for group in groups]
-        if sizes != saved:
-            raise ValueError(
-                f"the state dict has groups of {saved} parameters, this optimizer of {sizes}; nothing loaded"
-            )
-        keys = [key for group in groups for key in group["params"]]
-        return groups, {i: states[key] for i, key in enumerate(keys) if key in states}
 
     def _occupy(self, seats: list[Seat], inner: torch.optim.Optimizer | None = None) -> None:
         """Make these the parameters that hold state."""
@@ -320,6 +241,16 @@ class Nested(torch.optim.Optimizer):
             numbers = dict.fromkeys(seat.group for seat in self._occupied)
             for number, inner in zip(numbers, self.inner.param_groups, strict=True):
                 yield self.param_groups[number], inner
+
+    def _skips(self) -> bool:
+        """Whether ``skip_nonfinite`` calls this step off: it is counted, and neither parameters nor the cycle move."""
+        watched = [group for group in self.param_groups if group.get("skip_nonfinite")]
+        grads = [param.grad for group in watched for param in group["params"] if param.grad is not None]
+        if not any_nonfinite(grads, self._named.values()):
+            return False
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        return True
 
     def _inner_step(self) -> None:
         """One step of the inner optimizer under the present options of the outer groups."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.optim.coverage.nested import Nested, Seat
+from memopt.optim.gradients import require_dense
 from memopt.optim.sharding import is_sharded, like, local_of
 
 CHUNK_BYTES = 64 * 2**20
@@ -81,6 +82,10 @@ class Partial(Nested):
     def _finish(self, seat: Seat) -> None:
         """Put what the step made of the stand-in into the parameter."""
         raise NotImplementedError
+
+    def _require_dense(self) -> None:
+        """Refuse sparse gradients before anything changes."""
+        require_dense(self._named.values(), type(self).__name__)
 
     def _step_parts(self) -> None:
         """The inner step for every seat whose parameter has a gradient."""

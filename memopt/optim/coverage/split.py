@@ -117,6 +117,9 @@ class Split(Partial):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._require_dense()
+        if self._skips():
+            return loss
         self._update_rest()
         self._step_parts()
         self._since += 1

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from memopt.kernels import State, Update
 from memopt.optim import checks, sharding
 from memopt.optim.attention import query_and_key_weights
-from memopt.optim.batch import Batch, Slot, SmallState
+from memopt.optim.batch import Batch
 from memopt.optim.layout import is_flat
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.rules.adamw import EXP_AVG, adam_scalars
+from memopt.optim.slot import Slot, SmallState
 
 
 def adammini_update(p: Any, g: Any, states: tuple[Any, ...], s: Any) -> tuple[Any, tuple[Any, ...]]:

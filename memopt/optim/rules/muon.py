@@ -11,10 +11,11 @@ from torch import Tensor
 
 from memopt.kernels import State, Update
 from memopt.optim import checks, sharding
-from memopt.optim.batch import Batch, Slot
+from memopt.optim.batch import Batch
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.orthogonal import COEFFICIENTS, orthogonalise
 from memopt.optim.rules import adamw
+from memopt.optim.slot import Slot
 
 MOMENTUM_BUFFER = State("momentum_buffer", signed=True)
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from memopt.kernels import State
 from memopt.optim import checks, sharding
-from memopt.optim.batch import Batch, SmallState
+from memopt.optim.batch import Batch
 from memopt.optim.optimizer import ParamsT, RuleOptimizer
 from memopt.optim.orthogonal import COEFFICIENTS
 from memopt.optim.rules import adamw, muon
+from memopt.optim.slot import SmallState
 
 
 def row_state(param: Tensor) -> SmallState:
