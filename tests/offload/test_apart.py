@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import memopt
 from memopt.offload import Reversible, apply, blockwise_attention, tile
+from memopt.offload.origin import Counts
+from memopt.offload.reporting import compare
 from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.offload.models import everything, make_plan, same, step_loss
 from tests.offload.test_mixtures import _prepared
@@ -147,6 +149,20 @@ def test_attention_by_query_blocks(causal: bool, queries: int, keys: int, chunks
     expected = torch.autograd.grad(whole.sin().sum(), [q, k, v])
     for a, b in zip(torch.autograd.grad(ours.sin().sum(), [q, k, v]), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.93, True), (0.96, False), (1.0, False), (1.04, False), (1.07, True)])
+def test_more_than_five_percent_off_is_said(share: float, warns: bool) -> None:
+    plan = SimpleNamespace(peak_bytes=1000 * 2**20, swapped_bytes=100 * 2**20)
+    got = int(share * plan.peak_bytes), int(share * plan.swapped_bytes)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = compare(plan, *got, 0.25, Counts())
+        compare(plan, None, plan.swapped_bytes, 0.0, Counts())  # where the peak is not metered, nothing is said of it
+    assert [("of peak" in str(w.message), "of swapped bytes" in str(w.message)) for w in said] == (
+        [(True, False), (False, True)] if warns else []
+    )
+    assert (report.metered_peak_bytes, report.swapped_bytes, report.stall_seconds) == (*got, 0.25)
 
 
 def test_the_report_of_a_step() -> None:

@@ -131,6 +131,34 @@ def test_a_compiled_model_around_planned_blocks(first: str) -> None:
         assert handle.counts.whole == 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+def test_a_block_compiled_under_a_plan() -> None:
+    """``block.compile()`` compiles what it calls, and that is the plan's: nothing is compiled, everything is exact."""
+    case, model, inputs, found = _gpt()
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(step_loss(case, model, inputs), list(model.parameters()))
+    with apply(model, make_plan(case, everything(found, Action.RECOMPUTE))) as handle:
+        for block in model.blocks:
+            block.compile(backend="eager")
+        for _ in range(2):
+            torch.manual_seed(3)
+            ours = torch.autograd.grad(step_loss(case, model, inputs), list(model.parameters()))
+            assert same(list(ours), list(plain))
+        assert handle.counts.replays == 6
+        assert handle.counts.whole == 0
+
+
+def test_a_plan_made_for_another_dtype_of_the_same_size() -> None:
+    case, model, inputs, _ = _gpt()
+    found = templates(case, model.bfloat16(), inputs)
+    plan = _plan(*(BlockPlan(path, call, t.signature, ()) for (path, call), t in found.items()))
+    with apply(model, plan):
+        step_loss(case, model, inputs)
+    with apply(model.half(), plan), pytest.raises(PlanMismatchError, match=r"plan again with .* dtype"):
+        step_loss(case, model, inputs)
+    _usable(case, model.float(), inputs)
+
+
 def test_a_block_that_writes_its_parameter() -> None:
     class Clamped(nn.Module):
         def __init__(self) -> None:

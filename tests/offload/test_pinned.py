@@ -19,16 +19,20 @@ from memopt.offload.pinned import pool
 from memopt.offload.pinned import tier as pinned
 from memopt.offload.recording import Recorder
 from memopt.offload.tiers import host
-from tests.offload.models import make_plan, mixture, parted, run, same
+from memopt.planner.values import Action
+from tests.offload.models import everything, make_plan, mixture, parted, run, same
 from tests.offload.test_mixtures import EXACT, _prepared
 
 
 class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.asked, self.recorded = 0, False
+        self.after: set[Event] = set()
 
-    def record(self, stream: Any) -> None:
+    def record(self, stream: Stream) -> None:
         self.recorded = True
+        self.after = set(stream.after)
+        stream.after.add(self)
 
     def query(self) -> bool:
         assert self.recorded
@@ -44,18 +48,25 @@ class Event:
 
 
 class Stream:
-    def wait_stream(self, other: Any) -> None:
+    """``after``: the events that whatever is put on it next comes after."""
+
+    def __init__(self) -> None:
+        self.after: set[Event] = set()
+
+    def wait_stream(self, other: Stream) -> None:
         assert other is not self
+        self.after |= other.after
 
     def wait_event(self, event: Event) -> None:
         assert event.recorded
+        self.after |= {event} | event.after
 
 
 class FakeTorch:
     """torch, with pinned memory that is none and a ``cuda`` of two classes."""
 
     def __init__(self) -> None:
-        compute = Stream()
+        compute = self.compute = Stream()
         self.cuda = SimpleNamespace(
             Event=Event,
             Stream=Stream,
@@ -73,10 +84,11 @@ class FakeTorch:
 
 
 @pytest.fixture(autouse=True)
-def _cuda_played(monkeypatch: pytest.MonkeyPatch) -> None:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTorch:
     fake = FakeTorch()
     monkeypatch.setattr(pinned, "torch", fake)
     monkeypatch.setattr(pool, "torch", fake)
+    return fake
 
 
 @pytest.mark.parametrize("room", [1 << 30, 20_000, 1])
@@ -103,9 +115,68 @@ def test_training_with_late_copies(room: int, monkeypatch: pytest.MonkeyPatch) -
             assert not tier._retired
             assert not tier._stalls
             assert tier.stall_seconds > 0
+            assert handle.report.stall_seconds + handle.step_report().stall_seconds == tier.stall_seconds
             assert pinned_bytes > 0
             assert tier.pool.pinned_bytes <= 2 * pinned_bytes
             assert sum(b.numel() for some in tier.pool._free.values() for b in some) == tier.pool.pinned_bytes
+
+
+def test_copies_come_after_what_they_need_and_before_what_reuses_it(cuda: FakeTorch) -> None:
+    def computed() -> Event:
+        event = Event()
+        event.record(cuda.compute)
+        return event
+
+    compute, tier = cuda.compute, pinned.PinnedTier(None)
+    retired: dict[int, Event] = {}
+    retire, give = tier.retire, tier.pool.give
+    tier.retire = lambda buffer, event: (retired.update({id(buffer): event}), retire(buffer, event))[1]
+    tier.pool.give = lambda buffer: (give(buffer), waited.append(retired[id(buffer)].asked > 3))[0]
+    waited: list[bool] = []
+    written = computed()
+    slot, other = tier.put(torch.ones(1000)), tier.put(torch.ones(1000))
+    assert written in slot.left.after  # out: after the values were computed
+    tier.let_go(0)
+    assert {slot.left, other.left} <= compute.after  # and before their memory is used again
+    freed = computed()
+    slot.prefetch()
+    assert {
+        freed,
+        slot.left,
+    } <= slot._arrived.after  # back: after that memory was free, and after the way out
+    slot.get()
+    assert slot._arrived in compute.after
+    other.prefetch()
+    arrived = other._arrived
+    del slot, other
+    assert arrived in compute.after  # fetched and not wanted: its memory may be used again only now
+    for _ in range(5):
+        tier.new_step()
+    assert waited == [True, True]
+
+
+def test_bytes_in_flight_are_limited() -> None:
+    tier = pinned.PinnedTier(None, in_flight_bytes=8_000)
+    slots = []
+    for _ in range(5):
+        slots.append(tier.put(torch.zeros(1000)))
+        assert tier._leaving_bytes <= 8_000
+    assert tier._leaving_bytes == 8_000
+
+
+def test_pinned_memory_exhausted_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = pinned.PinnedTier(20 * 2**16)
+    monkeypatch.setattr(host, "open_tier", lambda folder, limit: tier)
+    case, model, start, batches, expected, found = _prepared("gpt")
+    with apply(model, make_plan(case, everything(found, Action.SWAP))):
+        with pytest.raises(SwapError, match=r"swap tier host: \d+ bytes are pinned .* raise swap_limit_bytes"):
+            run(case, model, batches)
+        gc.collect()
+        assert tier.held_bytes == tier.ahead_bytes == 0
+        tier.pool.limit_bytes = None
+        model.load_state_dict(start)
+        model.zero_grad()
+        assert same(run(case, model, batches), expected)
 
 
 def test_prefetch_goes_backwards_and_stops_at_its_limit() -> None:

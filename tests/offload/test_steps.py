@@ -37,7 +37,7 @@ def test_gradient_accumulation(name: str) -> None:
         assert same(run(case, model, data, accumulate=2), run(case, twin, data, accumulate=2))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "twice"])
 def test_evaluation_between_forward_and_backward(name: str) -> None:
     """Two forwards before either backward, and an evaluation without gradients between."""
     case, model, twin, data, found = _setup(name)
@@ -115,6 +115,30 @@ def test_an_exception_in_a_step_leaves_nothing_behind(where: str) -> None:
     assert same(run(case, model, data), run(case, twin, data))
     assert handle.tier.held_bytes == 0
     handle.remove()
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_an_exception_in_a_replay_leaves_nothing_behind(retain: bool) -> None:
+    """The block's code fails when backward runs it again; where the graph is retained, the next backward is whole."""
+    case, model, twin, data, found = _setup("gpt")
+    with apply(model, make_plan(case, everything(found, Action.RECOMPUTE))) as handle:
+        torch.manual_seed(5)
+        loss = step_loss(case, model, data[0])
+        hook = model.blocks[1].up.register_forward_hook(lambda *args: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward(retain_graph=retain)
+        hook.remove()
+        model.zero_grad()
+        if retain:
+            loss.backward()
+            torch.manual_seed(5)
+            step_loss(case, twin, data[0]).backward()
+            assert same([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+            model.zero_grad()
+            twin.zero_grad()
+        del loss
+        assert same(run(case, model, data), run(case, twin, data))
+        assert handle.counts.whole <= 1, handle.counts.reasons
 
 
 def test_remove_puts_everything_back() -> None:

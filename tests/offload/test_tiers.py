@@ -11,12 +11,14 @@ import sys
 import textwrap
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from memopt.offload import SwapError, apply
 from memopt.offload.pinned.pool import PinnedPool
+from memopt.offload.states.mapped import MappedStates
 from memopt.offload.tiers import open_tier
 from memopt.offload.tiers.disk import PREFIX, DiskTier, remove_leftovers
 from memopt.planner.values import Action
@@ -136,6 +138,15 @@ def test_leftovers_are_removed_but_not_what_is_in_use(tmp_path: Path) -> None:
         fcntl.flock(alive, fcntl.LOCK_EX)
         remove_leftovers(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["else", f"{PREFIX}alive"]
+
+
+@pytest.mark.parametrize("start", [lambda folder: DiskTier(folder, None), MappedStates])
+def test_a_start_removes_what_a_crash_has_left(start: Any, tmp_path: Path) -> None:
+    """A process that died between making its file and taking the name away."""
+    (tmp_path / f"{PREFIX}dead").write_bytes(b"x" * 100)
+    begun = start(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    del begun
 
 
 def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:

@@ -48,27 +48,25 @@ class Sessions:
             with torch.no_grad(), no_autocast():
                 return self.unpack(number, expected)
         with self._lock:
-            if number not in self._waiting:
-                self._close()
-            if self._tape is None:
-                self._replay()
-            assert self._tape is not None
-            seen = self._seen[number] if number < len(self._seen) else None
-            if seen is None or (seen.layout is not expected and seen.layout != expected):
-                where, found = self.origin.where, "nothing" if seen is None else f"{seen.layout}"
-                self._close()
-                raise ReplayError(
-                    f"block {where} saved {expected} as its tensor {number} in forward, and {found} in its "
-                    "replay: its forward depends on something that changes between calls; keep it out of the plan"
-                )
             try:
-                return self._value(number, seen)
+                return self._value(number, expected)
             except BaseException:
                 self._close()
                 raise
 
-    def _value(self, number: int, seen: Seen) -> Tensor:
+    def _value(self, number: int, expected: Layout) -> Tensor:
+        if number not in self._waiting:
+            self._close()
+        if self._tape is None:
+            self._replay()
         assert self._tape is not None
+        seen = self._seen[number] if number < len(self._seen) else None
+        if seen is None or (seen.layout is not expected and seen.layout != expected):
+            found = "nothing" if seen is None else f"{seen.layout}"
+            raise ReplayError(
+                f"block {self.origin.where} saved {expected} as its tensor {number} in forward, and {found} in its "
+                "replay: its forward depends on something that changes between calls; keep it out of the plan"
+            )
         if seen.key is None:
             assert seen.tensor is not None
             value = seen.tensor.detach()
