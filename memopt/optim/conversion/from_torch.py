@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memopt.optim.conversion.plain import Library, StateDict, mapped, step_tensor
+from memopt.optim.registry import rules_by_name
 
 
 def _entry(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +24,12 @@ def read(state_dict: Mapping[str, Any], rule: str) -> StateDict:
 
 
 def write(plain: StateDict, rule: str, bits: int) -> StateDict:
-    """As it is: torch casts states to the parameters' type when it loads them."""
+    """With torch's defaults for options that its class alone has; it casts states to the parameters' type itself."""
+    theirs = getattr(torch.optim, rules_by_name()[rule].__name__, None)
+    if theirs is not None:
+        arguments = inspect.signature(theirs.__init__).parameters
+        defaults = {k: v.default for k, v in arguments.items() if v.default is not inspect.Parameter.empty}
+        plain["param_groups"] = [{**defaults, **group} for group in plain["param_groups"]]
     return plain
 
 
