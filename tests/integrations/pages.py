@@ -90,7 +90,6 @@ def run_command(command: str) -> None:
 
 def _serve(pipe: Connection, folder: str, work: Callable[..., None], *args: Any) -> None:
     os.chdir(folder)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # as in conftest.py
     output, failure = io.StringIO(), ""
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
