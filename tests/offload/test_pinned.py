@@ -136,8 +136,11 @@ def test_copies_come_after_what_they_need_and_before_what_reuses_it(cuda: FakeTo
     written = computed()
     slot, other = tier.put(torch.ones(1000)), tier.put(torch.ones(1000))
     assert written in slot.left.after  # out: after the values were computed
+    soon = tier.put(torch.ones(1000))
+    soon.prefetch()
+    assert soon.left in soon._arrived.after  # back: after the way out
     tier.let_go(0)
-    assert {slot.left, other.left} <= compute.after  # and before their memory is used again
+    assert {slot.left, other.left} <= compute.after  # out: before the memory is used again
     freed = computed()
     slot.prefetch()
     assert {
@@ -152,7 +155,7 @@ def test_copies_come_after_what_they_need_and_before_what_reuses_it(cuda: FakeTo
     assert arrived in compute.after  # fetched and not wanted: its memory may be used again only now
     for _ in range(5):
         tier.new_step()
-    assert waited == [True, True]
+    assert waited == [True, True]  # the buffers are handed out again when the copies are done with them
 
 
 def test_bytes_in_flight_are_limited() -> None:
