@@ -216,3 +216,63 @@ def test_parts_keep_the_settings_of_their_groups(by: str) -> None:
         (0.01, 0.5, (0.5, 0.9)),
     ]
     assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
+
+
+@EACH
+def test_groups_cannot_be_added(kind: Any, options: dict[str, Any]) -> None:
+    """They would never be trained, or never hold state."""
+    optimizer = kind(tiny(), "adamw8bit", **options)
+    with pytest.raises(ValueError, match=f"parameters of this {kind.__name__} are fixed; make a new one over all"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@EACH
+def test_a_gradient_that_is_not_finite_calls_the_whole_step_off(kind: Any, options: dict[str, Any]) -> None:
+    """Neither what holds state nor the rest moves, nor the cycle; both are counted, in the state dict too."""
+    model = tiny()
+    optimizer = kind(model, "adamw8bit", lr=0.01, skip_nonfinite=True, weight_decay=0.1, **options)
+    train(model, optimizer, range(2))
+    position, before = optimizer.position, values(model)
+    for bad in (torch.nan, torch.inf):
+        loss_of(model, 2).backward()
+        [p for p in model.parameters() if p.grad is not None][-1].grad.view(-1)[0] = bad
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(values(model), before)
+    assert json.loads(optimizer.position) == json.loads(position)
+    assert optimizer.state_dict()["param_groups"][0]["skipped_steps"] == 2
+    train(model, optimizer, range(2, 4))
+    assert any(not torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+@EACH
+def test_sparse_gradients_are_refused_before_anything_changes(kind: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 70, sparse=True), nn.Linear(70, 80))
+    if kind is BlockCoordinate or options.get("by") == "blocks":
+        options = {**options, "blocks": [["0", "1"]]}
+    optimizer = kind(model, "adamw8bit", lr=0.01, **options)
+    before = values(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"got a sparse gradient for a parameter of shape \(20, 70\)"):
+        optimizer.step()
+    assert_same(values(model), before)
+
+
+@EACH
+def test_hooks_are_called_around_steps_and_state_dicts(kind: Any, options: dict[str, Any]) -> None:
+    model = tiny()
+    optimizer = kind(model, "adamw8bit", lr=0.01, **options)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "ours": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda *_: seen.append("loading"))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    train(model, optimizer, range(1))
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert seen == ["before", "after", "saving", "loading", "loaded"]
+    assert saved["ours"] == 1
