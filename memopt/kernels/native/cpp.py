@@ -13,6 +13,7 @@ import torch
 from memopt.kernels import math as km
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
+from memopt.kernels.native.stages import Stages, staged
 
 CPP_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -174,9 +175,8 @@ def codec_functions(codec: Codec, rounding: str, tag: str, *, exact_root: bool =
     ``c`` holds what decoding needs of a block's ``float scale``: C++ expressions, evaluated once per block.
     ``exact_root`` takes square roots by the divider, which is idle, and leaves the ports for products to others.
     """
-    noise = element("noise") if rounding == "stochastic" else None
-    encode, decode = Printer(fast=("rough_sqrt", "root4") if exact_root else ("sqrt", "rough_sqrt", "root4")), Printer()
-    (code,) = encode.print(codec.encode(element("x"), element("inverse"), noise))
+    encode, code = _encoder(codec, rounding, exact_root)
+    decode = Printer()
     root = codec.decode(element("code"), scalar("scale"))
     (value,) = decode.print(root)
     names = [f"const vf U{i} = c[{i}];" for i in range(len(decode.uniforms))]
@@ -189,15 +189,41 @@ def codec_functions(codec: Codec, rounding: str, tag: str, *, exact_root: bool =
     return text, [scalar_text(u) for u in decode.uniforms]
 
 
+def stage_functions(codec: Codec, rounding: str, tag: str, *, exact_root: bool = False) -> tuple[str, Stages | None]:
+    """Encoding in two stages, ``begin_TAG(x, inverse, noise, kept)`` and ``finish_TAG(x, inverse, noise, kept)``, whose
+    array ``kept`` goes from one to the other; no text and None where there is nothing to begin with."""
+    encode, code = _encoder(codec, rounding, exact_root)
+    stages = staged(encode.lines, [code])
+    if stages is None:
+        return "", None
+    arguments = "vf x, vf inverse, vf noise"
+    keep = "; ".join(f"kept[{i}] = {name}" for i, name in enumerate(stages.kept))
+    given = [f"const vf {name} = kept[{i}];" for i, name in enumerate(stages.kept)]
+    text = _function(f"void begin_{tag}({arguments}, vf* kept)", encode, keep, lines=stages.first)
+    finish = f"vf finish_{tag}({arguments}, const vf* kept)"
+    return text + _function(finish, encode, f"return {code}", given, stages.second), stages
+
+
+def _encoder(codec: Codec, rounding: str, exact_root: bool) -> tuple[Printer, str]:
+    """The printer that has printed a codec's encoding, and the name of the code."""
+    noise = element("noise") if rounding == "stochastic" else None
+    encode = Printer(fast=("rough_sqrt", "root4") if exact_root else ("sqrt", "rough_sqrt", "root4"))
+    (code,) = encode.print(codec.encode(element("x"), element("inverse"), noise))
+    return encode, code
+
+
 def has_factors(codec: Codec) -> bool:
     """Whether decoding ends with a product of two numbers that differ by element."""
     root = codec.decode(element("code"), scalar("scale"))
     return root.op == "mul" and not any(arg.uniform for arg in root.args)
 
 
-def _function(signature: str, printer: Printer, end: str, before: Sequence[str] = ()) -> str:
+def _function(
+    signature: str, printer: Printer, end: str, before: Sequence[str] = (), lines: Sequence[str] | None = None
+) -> str:
+    """A function of what a printer has printed, or of some lines of it."""
     tables = [f"alignas(64) static const float T{i}[] = {{{_row(t)}}};" for i, t in enumerate(printer.tables)]
-    body = "\n    ".join([*before, *tables, *printer.lines, f"{end};"])
+    body = "\n    ".join([*before, *tables, *(printer.lines if lines is None else lines), f"{end};"])
     return f"INLINE {signature} {{\n    {body}\n}}\n"
 
 

@@ -19,7 +19,7 @@ class Blocks(Parts):
             f"float* scales{j} = t.state[{j}].scales + row * in_row{j};",
             f"alignas(64) float new{j}[{2 * self.tile + 64}];",
             f"vu maxima{j}[{2 * self.tile // block + 2}] = {{}};",
-            f"float inverses{j}[{2 * self.tile // block + 2}];",
+            f"float fresh{j}[{2 * self.tile // block + 2}], inverses{j}[{2 * self.tile // block + 2}];",
         ]
         if codec.bits == 8:
             lines.append(f"uint8_t* codes{j} = t.state[{j}].data + row * t.cols + col;")
@@ -57,8 +57,7 @@ class Blocks(Parts):
     def _segment_scales(self) -> list[str]:
         lines = []
         for j in self.kind.quantised:
-            codec = self.kind.stored[j]
-            assert isinstance(codec, Codec)
+            codec = self._codec(j)
             scale = f"(scale{j} * uniforms[{self.gains[j]}])" if j in self.gains else f"scale{j}"
             parts = [part.replace("scale", scale) for part in self.scale_parts[j]]
             lines += [
@@ -81,34 +80,47 @@ class Blocks(Parts):
     def _segment_inverses(self) -> list[str]:
         lines = []
         for j in self.coded:
-            codec = self.kind.stored[j]
-            assert isinstance(codec, Codec)
-            lines += [*self._block_of_segment(j, codec), f"vf inverse{j} = splat(inverses{j}[k{j}]);"]
+            lines += [*self._block_of_segment(j, self._codec(j)), f"vf inverse{j} = splat(inverses{j}[k{j}]);"]
         return lines
 
-    def _segment_maxima(self) -> list[str]:
-        return [f"maxima{j}[k{j}] = maximum{j};" for j in self.kind.quantised]
+    def _close_segment(self) -> list[str]:
+        """The scales of a segment's blocks so far: while the next segment is computed. A row's last block may go on in
+        the next segment, which still has to be decoded: what the new scales replace is written later."""
+        lines = []
+        for j in self.coded:
+            lines += [
+                f"maxima{j}[k{j}] = maximum{j};",
+                f"const Scale closed{j} = scale_of(maximum{j}, {self._top(j)});",
+                f"fresh{j}[k{j}] = closed{j}.scale, inverses{j}[k{j}] = closed{j}.inverse;",
+                f"rare |= (closed{j}.lift != 1.0f) & (closed{j}.scale != 0);",
+            ]
+        return lines
 
-    def _close_blocks(self, j: int, scale: str, *more: str) -> list[str]:
+    def _write_scales(self, j: int) -> list[str]:
+        return self._each_block(j, self._codec(j), [f"scales{j}[block{j} + k] = fresh{j}[k];"])
+
+    def _close_again(self, j: int) -> list[str]:
+        """The scales of blocks whose values have been changed."""
+        lines = [f"Scale s = scale_again(new{j} + at, length, {self._top(j)});"]
+        return self._each_block(j, self._codec(j), [*lines, f"fresh{j}[k] = s.scale, inverses{j}[k] = s.inverse;"])
+
+    def _codec(self, j: int) -> Codec:
         codec = self.kind.stored[j]
         assert isinstance(codec, Codec)
-        lines = [f"Scale s = {scale};", f"scales{j}[block{j} + k] = s.scale;", f"inverses{j}[k] = s.inverse;"]
-        # peeled, the few rounds of this loop wait for each other's divisions
-        return ["#pragma GCC unroll 1", *self._each_block(j, codec, [*lines, *more])]
+        return codec
 
     def _top(self, j: int) -> str:
-        codec = self.kind.stored[j]
-        assert isinstance(codec, Codec)
-        return literal(codec.top(self.kind.roundings[j]))
+        return literal(self._codec(j).top(self.kind.roundings[j]))
 
-    def _narrow(self, j: int) -> str:
-        if j in self.paired:
-            return f"narrow(whole ? packed{j} : codes{j}, new{j}, whole ? n / 2 : n);"
-        return f"narrow(codes{j}, new{j}, n);"
+    def _narrow(self, j: int) -> list[str]:
+        plain, half = f"narrow(codes{j}, new{j}, n);", self.segment // 2
+        if j not in self.paired:
+            return [plain]
+        pairs = f"narrow_pairs(packed{j} + at, new{j} + 2 * at, {half});"
+        return ["if (whole) {", f"for (int at = 0; at < n / 2; at += {half}) {pairs}", "} else {", plain, "}"]
 
     def _pack(self, j: int) -> list[str]:
-        codec = self.kind.stored[j]
-        assert isinstance(codec, Codec)
+        codec = self._codec(j)
         if codec.bits != 4:
             return []
         place = f"packed{j} + k * {(codec.block + 1) // 2}"

@@ -28,35 +28,41 @@ class Body(Blocks, Elements):
         for j, stored in enumerate(self.kind.stored):
             lines += self._open_codec(j, stored) if isinstance(stored, Codec) else self._open_plain(j, stored)
         lines += [f"vf sum{k} = {{}};" for k in range(len(self.sums))]
-        lines += self._pass(self._early_slots, self._segment_scales(), self._element, self._segment_maxima())
+        if self.coded:
+            lines.append("bool rare = false;")
+        lines += self._pass(self._early_slots, self._segment_scales(), self._element, self._close_segment())
         if self.coded:
             lines += self._between()
-            lines += self._pass(self._late_slots, self._segment_inverses(), self._second_element, [])
+            lines += self._second_pass()
             if self.late is not None:
                 lines.append("if (__builtin_expect(rare, 0)) memcpy(param, kept, n * sizeof(P));")
         for j in self.coded:
-            lines += [self._narrow(j), *self._pack(j)]
+            lines += [*self._narrow(j), *self._pack(j)]
         for k in range(len(self.sums)):
             lines.append(f"for (int i = 0; i < W; i++) sums[{k}] += sum{k}[i];")
         return "\n    ".join(lines) + "\n}\n"
 
     def _pass(
-        self, slots: Iterable[int], before: list[str], element: Callable[[str], list[str]], after: list[str]
+        self,
+        slots: Iterable[int],
+        before: list[str],
+        element: Callable[[str], list[str]],
+        after: list[str],
+        *,
+        encodes: bool = False,
     ) -> list[str]:
-        """A loop over the segments of the tile; where they are whole, by pairs of elements that share a byte."""
+        """A loop over the segments of the tile; where they are whole, by pairs of elements that share a byte. Those are
+        encoded one by one where narrowing takes more than one instruction: it is done for many at last."""
         lines = self._each_segment([*self._open_words(slots), *before], element, after)
         if not self.paired:
             return lines
-        half, draws = self.segment // 2, self._draws_of(slots)
-        words = [f"Words words{d}[] = {{{{key{d}, index + from}}, {{key{d}, index + from + {half}}}}};" for d in draws]
-        encodes = not after
+        half = self.segment // 2
         states = [j for j in self.paired if not encodes or j in self.coded]
-        place = "from / 2 + i"
-        stores = [f"keep_nibbles(packed{j} + {place}, new{j} + {place}, out{j}[0], out{j}[1]);" for j in states]
+        stores = self._store_pairs(states)
         return [
-            "if (whole) {",
+            f"if ({'MEMOPT_NARROWS && ' * encodes}whole) {{",
             f"for (int from = 0; from < n; from += {self.segment}) {{",
-            *words,
+            *self._open_pairs(slots),
             *before,
             f"for (int i = 0; i < {half}; i += W) {{",
             *[f"vu out{j}[2];" if encodes else f"vu in{j} = (vu)load_bytes(packed{j} + from / 2 + i);" for j in states],
@@ -71,15 +77,67 @@ class Body(Blocks, Elements):
             "}",
         ]
 
-    def _each_segment(self, before: list[str], element: Callable[[str], list[str]], after: list[str]) -> list[str]:
-        """A loop over the segments of the tile, in steps of a vector and with what is left of one."""
+    def _second_pass(self) -> list[str]:
+        """Encodes the new states. With many registers, each vector's slow operations begin before the last one's codes
+        and parameter are made of theirs; pairs are two chains already, and two stages of them too many registers."""
+        plain = self._pass(self._late_slots, self._segment_inverses(), self._second_element, [], encodes=True)
+        if self.paired or (not self.stages and self.late_stages is None):
+            return plain
+        before = [*self._open_words(self._late_slots), *self._segment_inverses(), *self._stages()]
+        vectors = [
+            "if (j + W <= to) {",
+            "Ahead ahead = begin(j);",
+            "for (; j + 2 * W <= to; j += W) {",
+            "Ahead next = begin(j + W);",
+            "finish(j, ahead);",
+            "ahead = next;",
+            "}",
+            "finish(j, ahead);",
+            "j += W;",
+            "}",
+        ]
+        lines = self._each_segment(before, self._second_element, [], vectors)
+        fields = ["struct Ahead {", *self._ahead_fields(), "};"]
+        return ["#if MEMOPT_AVX512", *fields, *lines, "#else", *plain, "#endif"]
+
+    def _stages(self) -> list[str]:
+        """The second pass of one vector, in two functions."""
+        inline = "__attribute__((always_inline))"
+        return [
+            f"const auto begin = [&](int j) {inline} {{",
+            "Ahead a;",
+            *self._ahead(),
+            "return a;",
+            "};",
+            f"const auto finish = [&](int j, const Ahead& a) {inline} {{",
+            *self._second_element("vector", ahead=True),
+            "};",
+        ]
+
+    def _open_pairs(self, slots: Iterable[int]) -> list[str]:
+        """The generators of random words for both halves of a segment."""
+        half, draws = self.segment // 2, self._draws_of(slots)
+        return [f"Words words{d}[] = {{{{key{d}, index + from}}, {{key{d}, index + from + {half}}}}};" for d in draws]
+
+    def _store_pairs(self, states: Iterable[int]) -> list[str]:
+        return [f"store_nibbles(packed{j} + from / 2 + i, out{j}[0], out{j}[1]);" for j in states]
+
+    def _each_segment(
+        self,
+        before: list[str],
+        element: Callable[[str], list[str]],
+        after: list[str],
+        vectors: list[str] | None = None,
+    ) -> list[str]:
+        """A loop over the segments of the tile, in steps of a vector and with what is left of one.
+
+        ``vectors``: what takes the place of the loop over vectors.
+        """
         return [
             f"for (int from = 0; from < n; from += {self.segment}) {{",
             f"int to = from + {self.segment} < n ? from + {self.segment} : n, j = from;",
             *before,
-            "for (; j + W <= to; j += W) {",
-            *element("vector"),
-            "}",
+            *(vectors or ["for (; j + W <= to; j += W) {", *element("vector"), "}"]),
             "if (j < to) {",
             "int m = to - j;",
             *element("tail"),
@@ -102,12 +160,7 @@ class Body(Blocks, Elements):
         Where a new value is not finite, or a block's are so small that they are lifted, the buffers no longer hold what
         the parameter is made of, which is then computed before they change, and kept from the second pass.
         """
-        lines = ["bool rare = false;"]
-        check = "if (__builtin_expect(s.lift != 1.0f, 0)) rare |= s.scale != 0;"
-        for j in self.coded:
-            lines += self._close_blocks(j, f"scale_of(maxima{j}[k], {self._top(j)})", check)
-        if self.late is not None:
-            lines.append(f"P kept[{2 * self.tile}];")
+        lines = [f"P kept[{2 * self.tile}];"] if self.late is not None else []
         lines.append("if (__builtin_expect(rare, 0)) {")
         if self.late is not None:
             before = self._open_words([len(self.kind.stored)])
@@ -117,5 +170,8 @@ class Body(Blocks, Elements):
             f"start_anew(states, {len(self.coded)}, n);",
         ]
         for j in self.coded:
-            lines += self._close_blocks(j, f"scale_again(new{j} + at, length, {self._top(j)})")
-        return [*lines, "}"]
+            lines += self._close_again(j)
+        lines.append("}")
+        for j in self.coded:
+            lines += self._write_scales(j)
+        return lines

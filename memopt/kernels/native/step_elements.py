@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memopt.kernels.codecs import Codec
 from memopt.kernels.native.cpp import has_factors
+from memopt.kernels.native.stages import uses
 from memopt.kernels.native.step_parts import Parts
 
 PREFETCH = 512  # elements ahead
@@ -53,34 +54,74 @@ class Elements(Parts):
             lines.append(f"sum{k} = sum{k} + {f'first_lanes({name}, m)' if tail else name};")
         return lines
 
-    def _second_element(self, how: str) -> list[str]:
+    def _second_element(self, how: str, ahead: bool = False) -> list[str]:
         """The second pass: encode the new states, and update the parameter where nothing else is needed for it.
 
         Codes may stay in the buffers, over values already encoded, until they are narrowed all at once.
+        ``ahead``: what ``_ahead`` has begun waits in ``a``.
         """
-        kind, tail = self.kind, how == "tail"
+        tail = how == "tail"
         lines = [] if tail or self.late is None else [f"prefetch(param + j + {PREFETCH});"]
-        lines += self._words(self._late_slots, how)
+        lines += [f"vu w{d} = a.w{d};" for d in self._draws_of(self._late_slots)] if ahead else []
+        lines += [] if ahead else self._words(self._late_slots, how)
         for j in self.coded:
-            noise = f"noise_of(w{j // 2}, {j})" if j in kind.noisy else "splat(0)"
-            lines += [f"vf n{j} = load(new{j} + j);", f"vf e{j} = encode_{j}(n{j}, inverse{j}, {noise});"]
+            lines.append(f"vf n{j} = load(new{j} + j);")
+            if ahead and j in self.stages:
+                lines.append(f"vf e{j} = finish_{j}(n{j}, inverse{j}, {self._noise(j, 'a.')}, a.kept{j});")
+            else:
+                lines.append(f"vf e{j} = encode_{j}(n{j}, inverse{j}, {self._noise(j)});")
             if how == "pair" and j in self.paired:
                 lines.append(f"out{j}[second] = as_u(e{j});")
             elif tail:
                 lines.append(f"keep_codes_some(codes{j} + j, new{j} + j, e{j}, m);")
             else:
                 lines.append(f"keep_codes(codes{j} + j, new{j} + j, e{j});")
-        return [*lines, *self._late_update(how)]
+        return [*lines, *self._late_update(how, ahead)]
 
-    def _late_update(self, how: str) -> list[str]:
+    def _noise(self, j: int, kept: str = "") -> str:
+        """The noise of a state's rounding; ``kept`` says where it is if its encoding has begun with it."""
+        if j not in self.kind.noisy:
+            return "splat(0)"
+        return f"{kept}noise{j}" if kept and j in self._begun_with_noise else f"noise_of(w{j // 2}, {j})"
+
+    @property
+    def _begun_with_noise(self) -> list[int]:
+        return [j for j, stages in self.stages.items() if j in self.kind.noisy and uses(stages.first, "noise")]
+
+    def _ahead(self) -> list[str]:
+        """What can begin early of a vector's second pass: all up to roots and divisions, kept in ``a``."""
+        lines = [f"vu w{d} = a.w{d} = words{d}.next();" for d in self._draws_of(self._late_slots)]
+        for j in self.stages:
+            if j in self._begun_with_noise:
+                lines.append(f"a.noise{j} = {self._noise(j)};")
+            noise = self._noise(j, "a.") if j in self._begun_with_noise else "splat(0)"
+            lines.append(f"begin_{j}(load(new{j} + j), inverse{j}, {noise}, a.kept{j});")
+        stages = self.late_stages
+        if stages is not None:
+            loads = {"p": "param", "g": "grad", **{f"n{j}": f"new{j}" for j in self.coded}}
+            lines += [f"vf {name} = load({place} + j);" for name, place in loads.items() if uses(stages.first, name)]
+            lines += [*stages.first, *[f"a.late[{i}] = {name};" for i, name in enumerate(stages.kept)]]
+        return lines
+
+    def _ahead_fields(self) -> list[str]:
+        """What ``a`` is made of."""
+        lines = [f"vu w{d};" for d in self._draws_of(self._late_slots)]
+        lines += [f"vf noise{j};" for j in self._begun_with_noise]
+        lines += [f"vf kept{j}[{max(1, len(stages.kept))}];" for j, stages in self.stages.items()]
+        return [*lines, f"vf late[{len(self.late_stages.kept)}];"] if self.late_stages else lines
+
+    def _late_update(self, how: str, ahead: bool = False) -> list[str]:
         """The parameter from the new states, where that waits for the second pass."""
         if self.late is None:
             return []
         count = len(self.kind.stored)
         some, extra = ("_some", ", m") if how == "tail" else ("", "")
         slot = count if count in self.kind.noisy else None
-        lines = [f"vf p = load{some}(param + j{extra});", f"vf g = load{some}(grad + j{extra});", *self.late]
-        return [*lines, self._store("param + j", self.param, slot, some, extra)]
+        lines, stages = self.late, self.late_stages if ahead else None
+        if stages is not None:
+            lines = [*[f"vf {name} = a.late[{i}];" for i, name in enumerate(stages.kept)], *stages.second]
+        loads = [f"vf p = load{some}(param + j{extra});", f"vf g = load{some}(grad + j{extra});"]
+        return [*loads, *lines, self._store("param + j", self.param, slot, some, extra)]
 
     def _late_element(self, how: str) -> list[str]:
         """The parameter alone, from the new states as the first pass left them."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memopt.kernels.codecs import Codec
+from memopt.kernels.native.stages import Stages, staged
 from memopt.kernels.native.step_kind import StepKind
 
 
@@ -20,10 +21,16 @@ class Parts:
     news: dict[int, str]
     param: str
     late: list[str] | None  # what computes the parameter in the second pass
+    stages: dict[int, Stages]  # of the encodings that begin with something slow
     sums: list[str]
     uniforms: int
     scale_parts: dict[int, list[str]]
     gains: dict[int, int]  # the number in ``U`` that a state is decoded times
+
+    @property
+    def late_stages(self) -> Stages | None:
+        """The parameter's update in the second pass in two stages."""
+        return staged(self.late or [], [self.param])
 
     @property
     def coded(self) -> list[int]:

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
-from memopt.kernels.native.cpp import Printer, codec_functions, has_factors, header, literal, read
+from memopt.kernels.native.cpp import Printer, codec_functions, has_factors, header, literal, read, stage_functions
 from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor
+from memopt.kernels.native.stages import Stages
 from memopt.kernels.native.step_body import Body
 from memopt.kernels.native.step_kind import StepKind
 
@@ -46,11 +47,16 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
     parts = [header(), f"enum {{ N_STATES = {count}, N_SUMS = {len(sums)}, TILE = {tile} }};\n"]
     parts.append(read("step.hpp"))
     scale_parts: dict[int, list[str]] = {}
+    stages: dict[int, Stages] = {}
     for j in kind.quantised:
         codec = kind.stored[j]
         assert isinstance(codec, Codec)
         text, scale_parts[j] = codec_functions(codec, kind.roundings[j], str(j), exact_root=j == kind.quantised[0])
         parts.append(text)
+        text, two = stage_functions(codec, kind.roundings[j], str(j), exact_root=j == kind.quantised[0])
+        if two is not None and j in written:
+            parts.append(text)
+            stages[j] = two
     parts += [f"alignas(64) static const float T{i}[] = {{{', '.join(map(literal, t))}}};\n"
               for i, t in enumerate(first.tables)]  # fmt: skip
     body = Body(
@@ -61,6 +67,7 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
         dict(zip(written, names, strict=False)),
         param_name,
         second.lines if late else None,
+        stages,
         names[len(names) - len(sums) :] if sums else [],
         len(first.uniforms),
         scale_parts,

@@ -100,7 +100,13 @@ INLINE vf vroot4_fast(vf x) {
     return vsqrt(vsqrt(x));
 #endif
 }
-INLINE vf vstep_down(vf x, vf d) { return as_f(as_u(x) + (vu)((vi)d >> 31)); }
+INLINE vf vstep_down(vf x, vf d) {
+#if MEMOPT_AVX2
+    return as_f(as_u(x) + (vu)((vi)d < 0));  // more ports compare than shift
+#else
+    return as_f(as_u(x) + (vu)((vi)d >> 31));
+#endif
+}
 INLINE vf vexp(vf x) {
     for (int i = 0; i < W; i++) x[i] = std::exp(x[i]);
     return x;
@@ -157,7 +163,8 @@ template <class T> INLINE void store_noisy_some(T* p, vf v, vu noise, int n) {
 }
 // a code is the low byte of BIAS + code: see memopt/kernels/codecs/base.py
 INLINE void store_codes(uint8_t* p, vf x) { store_bytes(p, (vi)x); }
-// Codes on their way to p: there at once where narrowing is one instruction, else in a buffer; narrow() brings them.
+// Codes on their way to p: there at once where narrowing is one instruction, else in a buffer. narrow() brings n of them,
+// narrow_pairs() 2 n of 4 bits: the low nibble of byte i is code i, the high one code n + i. Both read a vector further.
 #if MEMOPT_NARROWS
 INLINE void keep_codes(uint8_t* p, float*, vf x) { store_codes(p, x); }
 INLINE void keep_codes_some(uint8_t* p, float*, vf x, int n) {
@@ -166,6 +173,7 @@ INLINE void keep_codes_some(uint8_t* p, float*, vf x, int n) {
     memcpy(p, some, n);
 }
 INLINE void narrow(uint8_t*, const float*, int) {}
+INLINE void narrow_pairs(uint8_t*, const float*, int) {}
 #else
 INLINE void keep_codes(uint8_t*, float* buffer, vf x) { store(buffer, x); }
 INLINE void keep_codes_some(uint8_t*, float* buffer, vf x, int n) { store_some(buffer, x, n); }
@@ -197,10 +205,18 @@ struct Words {
         return h ^ (h >> 15);
     }
 };
+// the upper 23 bits as a number in [1, 2)
+INLINE vf upper_fraction(vu word) {
+#if MEMOPT_AVX512 && defined(__AVX512VBMI2__)
+    return (vf)_mm512_shrdi_epi32((__m512i)word, _mm512_set1_epi32(0x7f), 9);
+#else
+    return as_f((word >> 9) | splat_u(0x3f800000u));
+#endif
+}
 // the noise of a slot, in [-1/2, 1/2), and its 16 bits
 INLINE vf noise_of(vu word, int slot) {
-    vu bits = slot % 2 ? word >> 9 : word & splat_u(0x7fffffu);
-    return as_f(bits | splat_u(0x3f800000u)) - splat(1.5f);
+    if (slot % 2) return upper_fraction(word) - splat(1.5f);
+    return as_f((word & splat_u(0x7fffffu)) | splat_u(0x3f800000u)) - splat(1.5f);
 }
 INLINE vu half_of(vu word, int slot) { return slot % 2 ? word >> 16 : word & splat_u(0xffffu); }
 
