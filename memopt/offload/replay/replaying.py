@@ -173,9 +173,11 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return view_of(func, args, kwargs, tensors)
         cast = (id(args[0]), kwargs.get("dtype")) if func is _CAST and type(args[0]) is nn.Parameter else None
         if known is None and not self.eager and cast is not None:
-            # In forward, autocast's cache had the cast of this weight, from another tile or from another call.
-            made = self._casts.get(cast)
-            return func(*args, **kwargs) if made is None else stand_in(*made)
+            # In forward, autocast's cache had the cast of this weight, from another tile or from another call, of which
+            # autograd may hold it still.
+            if cast not in self._casts:
+                self._casts[cast] = self._cast(args, kwargs)
+            return stand_in(*self._casts[cast])
         self._position += 1
         if known is None:
             self.eager = True
@@ -186,6 +188,15 @@ class Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if cast is not None:
             self._casts[cast] = output.laid, output.chain
         return output
+
+    def _cast(self, args: Any, kwargs: Any) -> tuple[Layout, Chain]:
+        """A weight's cast, to be made only if nothing supplies it."""
+        weight, device = args[0], kwargs.get("device") or args[0].device
+        bare = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device="meta")
+        layout = Layout.of(_CAST(bare, *args[1:], **{**kwargs, "device": None}))
+        chain = Chain()
+        self._node(_CAST, args, kwargs, [weight], (), [(0, chain)], False)
+        return layout._replace(device=device), chain
 
     def _expected(self, func: Any) -> OpTemplate | None:
         """The operation that comes next, if it is this one."""

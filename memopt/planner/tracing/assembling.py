@@ -150,12 +150,15 @@ def _saved(
 
 
 def _let_go(recorder: Recorder, call: Call, storage: Storage, tiled: bool) -> int:
-    """When forward lets go of a saved storage. Autocast's cache would hold casts of weights longer than under a plan,
-    where it lasts no longer than a block's call in tiles, and a block without tiles has none.
+    """When others let go of a saved storage: forward, and autograd for other calls.
+
+    Autocast's cache would hold casts of weights longer than under a plan, where it lasts no longer than a block's call
+    in tiles, and a block without tiles has none.
     """
     if storage.id in recorder.of_weights:
         return call.stop if tiled else 0
-    return recorder.let_go.get(storage.id, storage.death)
+    own = {number for number, _ in recorder.packed(call)}
+    return max(recorder.let_go.get(storage.id, storage.death), recorder.holding.until(storage.id, own))
 
 
 def _numbered(recorder: Recorder, call: Call, found: list[Storage], tiled: bool) -> tuple[SavedStorage, ...]:

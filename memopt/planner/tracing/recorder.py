@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.planner.signature import Entry, describe
 from memopt.planner.tracing import flops
+from memopt.planner.tracing.mixed_norms import corrected
 from memopt.planner.tracing.rows import is_row_wise
 from memopt.planner.tracing.saving import Holding
 from memopt.planner.tracking import PhaseWatcher, Record, StorageTracker, tensors_in
@@ -74,7 +75,7 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
         self.saved_dtypes: dict[int, str] = {}
         self.of_weights: set[int] = set()
         self.let_go: dict[int, int] = {}
-        self._holding = Holding(super()._ended)
+        self.holding = Holding(super()._ended, lambda: self.clock)
         self._revived: dict[int, Any] = {}
         self._stand_in = stand_in
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -105,7 +106,7 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
             self.calls[call].saved.append((self._packs, record.id))
             self.saved_dtypes.setdefault(record.id, str(tensor.dtype).removeprefix("torch."))
             if not self.is_weight(record) or record.id in self.of_weights:
-                return self._holding.hold(tensor, record)
+                return self.holding.hold(tensor, record, self._packs)
         return tensor
 
     def unpack(self, saved: Any) -> Tensor:
@@ -115,22 +116,26 @@ class Recorder(StorageTracker):  # type: ignore[no-untyped-call]
         tensor: Tensor = saved.tensor()
         storage, record = tensor.untyped_storage(), saved.record
         key = storage._cdata
-        self._holding.bodies[record.id] += 1
+        self.holding.bodies[record.id] += 1
         self._live[key] = record
         self._revived[key] = weakref.ref(storage, functools.partial(self._died, key))
         return tensor
 
     def stop(self) -> None:
         """As the tracker's."""
-        self._holding.closed = True
+        self.holding.closed = True
         super().stop()
 
     def _ended(self, record: Record) -> None:
         """A storage has gone; the record goes with it unless autograd holds it."""
-        if not self._holding.body_died(record):
+        if not self.holding.body_died(record):
             super()._ended(record)
-        elif not self._holding.bodies[record.id]:
+        elif not self.holding.bodies[record.id]:
             self.let_go.setdefault(record.id, self.clock)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        output = super()._run(func, args, kwargs)
+        return output if self.device == "cuda" else corrected(func, args, output)
 
     def _recorded(self, index: int, func: Any, args: Any, kwargs: Any, output: Any, phase: Phase) -> None:
         inputs = [self.observe(tensor) for tensor in tensors_in((args, kwargs), 4)]
