@@ -129,7 +129,7 @@ def test_adam_on_chosen_columns_against_float64(base: Any, shape: tuple[int, ...
     weight = nn.Parameter(torch.randn(shape))
     options = {"state": "fp32"} if base is AdamW else {}
     optimizer = LowRankDCT([weight], base, rank=5, switch_every=3, lr=1e-2, weight_decay=0.1, **options)
-    matrix = weight.detach().flatten(1)
+    matrix = weight.detach().flatten(1).clone()
     turned = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if turned else matrix
     truth, plain = (PlainDCTAdam(tall.to(dtype), 5, 3, 1e-2, 0.1) for dtype in (torch.float64, torch.float32))
