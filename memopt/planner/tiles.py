@@ -10,5 +10,9 @@ from torch import Tensor
 
 
 def run_in_tiles(forward: Callable[..., Tensor], chunks: int, dim: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``forward`` of ``x`` cut into ``chunks`` along ``dim``, piece by piece, joined along the same dimension."""
-    return torch.cat([forward(piece, *args, **kwargs) for piece in x.chunk(chunks, dim)], dim)
+    """``forward`` of ``x`` cut into ``chunks`` along ``dim``, piece by piece, joined along the same dimension.
+
+    Pieces are contiguous, as modules expect that ``view`` their input: copies, unless ``dim`` is the first of a size
+    above 1.
+    """
+    return torch.cat([forward(piece.contiguous(), *args, **kwargs) for piece in x.chunk(chunks, dim)], dim)
