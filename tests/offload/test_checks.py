@@ -234,6 +234,22 @@ def test_a_parameter_that_only_the_replay_reads_is_noticed() -> None:
                 loss.backward()
 
 
+def test_an_input_that_only_the_replay_reads_is_noticed() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return (x + x).sin()
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled())
+    seen: list[torch.Tensor] = []
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with apply(model, _plan(BlockPlan("1", 0, "", (StorageAction(0, 0, Action.RECOMPUTE),)))):
+        loss = model(torch.randn(3, 4)).sum()
+        with torch.no_grad():
+            seen[0].add_(1)
+        with pytest.raises(RuntimeError, match=r"inplace operation.*'1'"):
+            loss.backward()
+
+
 def test_a_forward_that_changes_between_calls_is_noticed() -> None:
     class Moody(nn.Module):
         def __init__(self) -> None:

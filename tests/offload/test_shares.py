@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import memopt
 from memopt.offload import PlanMismatchError, UnsupportedBlockError, apply
 from memopt.offload.tiers import open_tier
+from memopt.offload.tiers.disk import DiskSlot
 from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.offload.models import CASES, make_plan, parted, same, step_loss, templates
 from tests.offload.test_mixtures import _prepared
@@ -154,6 +156,28 @@ def test_what_cannot_be_split_is_refused_by_name(actions: Any, inputs: Any, erro
     with pytest.raises(error, match=rf"block 'blocks.0': .*{says}"):
         apply(model, plan)
     assert "forward" not in model.blocks[0].__dict__
+
+
+def test_an_input_brought_back_for_a_replay_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the graph is retained, and another backward will bring it back again."""
+    model, x = Bends(), torch.randn(ROWS, WIDTH)
+    plan = _plan((StorageAction(0, BYTES, Action.RECOMPUTE),), (StorageAction(0, BYTES, Action.SWAP),))
+    brought: list[weakref.ref[Tensor]] = []
+    get = DiskSlot.get
+
+    def noted(slot: DiskSlot) -> Tensor:
+        flat = get(slot)
+        brought.append(weakref.ref(flat))
+        return flat
+
+    monkeypatch.setattr(DiskSlot, "get", noted)
+    with apply(model, plan):
+        for _ in range(2):
+            loss = model(x)
+            loss.backward(retain_graph=True)
+            assert brought
+            assert all(one() is None for one in brought)
+            loss.backward()
 
 
 def test_inputs_that_the_call_does_not_save() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memopt.offload import apply
-from memopt.planner.values import Action
+from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.offload.models import CASES, Case, everything, make_plan, mixture, run, same, step_loss, templates
 from tests.offload.test_mixtures import EXACT
 
@@ -291,6 +292,34 @@ def test_nothing_outlives_the_graph() -> None:
                     assert all(ref() is None for ref in seen)
     finally:
         gc.enable()
+
+
+def test_what_a_block_stores_on_itself_stays_as_forward_left_it() -> None:
+    """Backward runs the block's code again, on tensors without data; these must not stay on its modules."""
+
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.register_buffer("scale", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.inner.last = (self.inner(x) * self.scale).sigmoid()
+            self.scale = self.scale * 2
+            self.times = getattr(self, "times", 0) + 1
+            return self.inner.last.exp()
+
+    model = nn.Sequential(Remembering())
+    plan = SimpleNamespace(blocks=(BlockPlan("0", 0, "", (StorageAction(0, 0, Action.RECOMPUTE),)),), swap_tier="none")
+    with apply(model, plan) as handle:
+        for n in range(1, 4):
+            loss = model(torch.ones(2, 4)).sum()
+            last, scale = model[0].inner.last, model[0].scale
+            loss.backward()
+            assert model[0].inner.last is last
+            assert model[0].scale is scale
+            assert model[0].times == n
+        assert handle.counts.replays == 3
 
 
 def test_double_backward_is_refused_by_name() -> None:
