@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import memopt
-from memopt.offload import PlanMismatchError, tile
+from memopt.offload import PlanMismatchError
 from memopt.planner import plan_in_tiles
-from memopt.planner.values import Action, Status, Tile
+from memopt.planner.values import Action, Status
 from memopt.wrapping import DoesNotFitError
 from tests.offload.models import same
+from tests.offload.tiled import TILES, Mlp, Model, by_hand
 
 CLOSE = 0.03
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = (
-            nn.Linear(width, 4 * width, bias=False),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-        )
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
-
-
-class Layer(nn.Module):
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out, self.mlp = nn.Linear(width, 3 * width), nn.Linear(width, width), Mlp(width, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
-class Model(nn.Module):
-    def __init__(self, layers: int = 2, width: int = 64, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(width, dropout) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x.square().mean()
-
-
-TILES = tuple(Tile(f"layers.{n}.mlp", 4, 1) for n in range(2))
 
 
 def _model(dropout: float = 0.1) -> tuple[Model, Tensor]:
@@ -94,22 +52,13 @@ def _clean_step(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None
     return found
 
 
-@contextmanager
-def _by_hand(model: nn.Module, x: Tensor, tiles: tuple[Tile, ...]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for one in tiles:
-            module = model.get_submodule(one.path)
-            stack.enter_context(tile(module, one.chunks, inputs=(x,), dim=one.dim, recompute=False))
-        yield
-
-
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "autocast"])
 def test_a_plan_in_tiles_fits_where_none_fits_without_and_is_true(autocast: torch.dtype | None) -> None:
     model, x = _model()
     traced, smallest = _traced(4, autocast), _least(4, autocast)
     assert traced.tiles == TILES
     assert smallest < _least(1, autocast)
-    with _by_hand(model, x, TILES):
+    with by_hand(model, x):
         expected = _clean_step(model, x, autocast)
     plan = memopt.plan(traced, smallest, "cpu", time_limit=5)
     with memopt.apply(model, plan) as handle:
@@ -149,7 +98,7 @@ def test_tiles_of_one_module_have_actions_of_their_own() -> None:
             by_kind.setdefault(sizes[one.index], set()).add(one.action)
         mixed += any(len(actions) > 1 for actions in by_kind.values())
     assert mixed
-    with _by_hand(model, x, TILES):
+    with by_hand(model, x):
         expected = _clean_step(model, x)
     with memopt.apply(model, plan):
         assert same(_clean_step(model, x), expected)
@@ -189,7 +138,7 @@ def test_a_module_that_is_not_what_was_traced_is_refused_at_its_first_call() -> 
         _step(model, x)
     assert all("forward" not in layer.mlp.__dict__ for layer in model.layers if layer is not model.layers[1])
     del model.layers[1].mlp.forward
-    with _by_hand(model, x, TILES[:1]), pytest.raises(PlanMismatchError, match=r"'layers\.0\.mlp'.*does so already"):
+    with by_hand(model, x, TILES[:1]), pytest.raises(PlanMismatchError, match=r"'layers\.0\.mlp'.*does so already"):
         memopt.apply(model, plan)
     with pytest.raises(ValueError, match="tiles must be a whole number of at least 1, not 0"):
         memopt.trace(model, (x,), tiles=0)
@@ -200,7 +149,7 @@ def test_a_trace_keeps_tiles_of_the_users_own_and_takes_a_plans_off() -> None:
     plain, tiled = memopt.trace(model, (x,)), memopt.trace(model, (x,), tiles=4)
     with memopt.apply(model, memopt.plan(tiled, hardware="cpu")):
         assert memopt.trace(model, (x,)).peak_bytes == plain.peak_bytes
-    with _by_hand(model, x, TILES):
+    with by_hand(model, x):
         again = memopt.trace(model, (x,))
         assert [block.signature for block in again.blocks] == [block.signature for block in tiled.blocks]
         with memopt.apply(model, memopt.plan(plain, hardware="cpu")), pytest.raises(PlanMismatchError):
