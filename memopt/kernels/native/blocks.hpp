@@ -28,9 +28,7 @@ INLINE void pack(uint8_t* __restrict out, const uint8_t* __restrict in, int n) {
     for (; i < half; i++) out[i] = (uint8_t)(in[i] | (half + i < n ? in[half + i] << 4 : 0));
 }
 // bytes of two codes, each in the low nibble
-INLINE void keep_nibbles(uint8_t* p, float* buffer, vu low, vu high) {
-    keep_codes(p, buffer, as_f((low & 15) | (high << 4)));
-}
+INLINE void store_nibbles(uint8_t* p, vu low, vu high) { store_bytes(p, (vi)((low & 15) | (high << 4))); }
 // blocks with an infinity or NaN encode zeros; tiny ones are made larger first
 INLINE void prepare(float* values, int n, const Scale& s) {
     if (__builtin_expect(s.lift != 1.0f, 0))

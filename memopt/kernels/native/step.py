@@ -22,7 +22,7 @@ from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest, Stored, mark_written
 
 _Types = tuple[torch.dtype, torch.dtype, tuple[Any, ...]]
-FLAGS = ("-fschedule-insns",)  # what waits for each other stands further apart
+FLAGS = ("-fschedule-insns", "-falign-loops=64")  # what waits for each other stands further apart; loops begin a line
 _GRAD = 6  # the place of the gradient's address in a row of the table
 
 

@@ -163,8 +163,9 @@ template <class T> INLINE void store_noisy_some(T* p, vf v, vu noise, int n) {
 }
 // a code is the low byte of BIAS + code: see memopt/kernels/codecs/base.py
 INLINE void store_codes(uint8_t* p, vf x) { store_bytes(p, (vi)x); }
-// Codes on their way to p: there at once where narrowing is one instruction, else in a buffer. narrow() brings n of them,
-// narrow_pairs() 2 n of 4 bits: the low nibble of byte i is code i, the high one code n + i. Both read a vector further.
+// Codes on their way to p: there at once where narrowing is one instruction, else in a buffer. narrow() brings n of
+// them, narrow_pairs() 2 n of 4 bits: byte i has code i in its low nibble and code n + i in its high one. Both may read
+// a vector further.
 #if MEMOPT_NARROWS
 INLINE void keep_codes(uint8_t* p, float*, vf x) { store_codes(p, x); }
 INLINE void keep_codes_some(uint8_t* p, float*, vf x, int n) {

@@ -29,17 +29,27 @@ INLINE void store_bytes(uint8_t* p, vi a) {  // the low bytes, of each half into
     __m256i x = _mm256_shuffle_epi8((__m256i)a, _mm256_broadcastsi128_si256(low));
     _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
-INLINE void narrow(uint8_t* __restrict p, const float* __restrict x, int n) {  // four at once: half the shuffles
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+#define MEMOPT_NARROWS 0
+// the low bits of four vectors as bytes, which takes half the shuffles of one at a time
+INLINE __m256i narrowed(const float* x, int mask) {
+    __m256i b[4];
+    for (int k = 0; k < 4; k++)
+        b[k] = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + k * W)), _mm256_set1_epi32(mask));
+    __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(b[0], b[1]), _mm256_packus_epi32(b[2], b[3]));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+INLINE void narrow(uint8_t* __restrict p, const float* __restrict x, int n) {
+    int i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) _mm256_storeu_si256((__m256i*)(p + i), narrowed(x + i, 255));
+    for (; i < n; i++) memcpy(p + i, x + i, 1);
+}
+INLINE void narrow_pairs(uint8_t* __restrict p, const float* __restrict x, int n) {
     int i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
-        __m256i b[4];
-        for (int k = 0; k < 4; k++)
-            b[k] = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + i + k * W)), _mm256_set1_epi32(255));
-        __m256i words = _mm256_packus_epi16(_mm256_packus_epi32(b[0], b[1]), _mm256_packus_epi32(b[2], b[3]));
-        _mm256_storeu_si256((__m256i*)(p + i), _mm256_permutevar8x32_epi32(words, order));
+        __m256i high = _mm256_slli_epi16(narrowed(x + n + i, 15), 4);
+        _mm256_storeu_si256((__m256i*)(p + i), _mm256_or_si256(narrowed(x + i, 15), high));
     }
-    for (; i < n; i++) memcpy(p + i, x + i, 1);
+    for (; i < n; i++) p[i] = (uint8_t)((as_u(load(x + i))[0] & 15) | (as_u(load(x + n + i))[0] << 4));
 }
 INLINE vu load_u16(const uint16_t* p) { return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vf half_to_float(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }

@@ -43,11 +43,16 @@ INLINE vf load_codes(const uint8_t* p) { return to_float(load_bytes(p)); }
 INLINE void store_bytes(uint8_t* p, vi a) {
     for (int i = 0; i < W; i++) p[i] = (uint8_t)a[i];
 }
+#define MEMOPT_NARROWS 0
 INLINE void narrow(uint8_t* __restrict p, const float* __restrict x, int n) {
-    const vu_any* bits = (const vu_any*)x;
     int i = 0;
-    for (; i + W <= n; i += W) store_bytes(p + i, (vi)bits[i / W]);
-    for (; i < n; i++) p[i] = (uint8_t)bits[i / W][i % W];
+    for (; i + W <= n; i += W) store_bytes(p + i, (vi)load(x + i));
+    for (; i < n; i++) p[i] = (uint8_t)as_u(load(x + i))[0];
+}
+INLINE void narrow_pairs(uint8_t* __restrict p, const float* __restrict x, int n) {
+    int i = 0;
+    for (; i + W <= n; i += W) store_bytes(p + i, (vi)((as_u(load(x + i)) & 15) | (as_u(load(x + n + i)) << 4)));
+    for (; i < n; i++) p[i] = (uint8_t)((as_u(load(x + i))[0] & 15) | (as_u(load(x + n + i))[0] << 4));
 }
 INLINE vu load_u16(const uint16_t* p) {
     vu a;
