@@ -14,7 +14,7 @@ from memopt.kernels.native.stages import Stages
 from memopt.kernels.native.step_body import Body
 from memopt.kernels.native.step_kind import StepKind
 
-TILE = 1024  # elements whose new states wait in buffers at once; what is done once for a tile hardly counts
+TILE = 512  # elements whose new states wait in buffers at once; with 1024 the first cache loses what was prefetched
 
 
 def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
