@@ -118,6 +118,24 @@ def test_an_exception_in_a_step_leaves_nothing_behind(where: str) -> None:
     handle.remove()
 
 
+def test_after_an_exception_calls_are_counted_from_the_first() -> None:
+    """A block called three times a step, its first call alone swapped: so it is in the step after one cut short."""
+    case, model, _, data, found = _setup("twice")
+    actions = everything(found, Action.SWAP)
+    plan = make_plan(case, {key: some for key, some in actions.items() if key[1] == 0})
+    moved: list[int] = []
+    with apply(model, plan) as handle:
+        model.block.register_forward_hook(lambda *args: moved.append(handle.tier.moved_bytes))
+        hook = model.block.register_forward_hook(lambda *args: 1 // 0 if len(moved) == 2 else None)
+        with pytest.raises(ZeroDivisionError):
+            step_loss(case, model, data[0])
+        hook.remove()
+        moved.clear()
+        before = handle.tier.moved_bytes
+        step_loss(case, model, data[0]).backward()
+        assert before < moved[0] == moved[1] == moved[2]
+
+
 @pytest.mark.parametrize("retain", [False, True])
 def test_an_exception_in_a_replay_leaves_nothing_behind(retain: bool) -> None:
     """The block's code fails when backward runs it again; where the graph is retained, the next backward is whole."""
@@ -310,7 +328,8 @@ def test_what_a_block_stores_on_itself_stays_as_forward_left_it() -> None:
             return self.inner.last.exp()
 
     model = nn.Sequential(Remembering())
-    plan = SimpleNamespace(blocks=(BlockPlan("0", 0, "", (StorageAction(0, 0, Action.RECOMPUTE),)),), swap_tier="none")
+    actions = tuple(StorageAction(n, 0, Action.RECOMPUTE) for n in range(2))
+    plan = SimpleNamespace(blocks=(BlockPlan("0", 0, "", actions),), swap_tier="none")
     with apply(model, plan) as handle:
         for n in range(1, 4):
             loss = model(torch.ones(2, 4)).sum()
