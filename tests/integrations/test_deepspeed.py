@@ -16,12 +16,14 @@ import pytest
 import torch
 from torch import nn
 
+import memopt
 from memopt.offload import apply
 from memopt.optim import AdamW
 from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import batch, loss_of, made
 from tests.integrations import deepspeed_text, real_text
+from tests.offload.tiled import Model, by_hand
 
 pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
 
@@ -87,6 +89,26 @@ def under_a_plan(stage: int, plan: Any, early: bool) -> tuple[list[float], int, 
     return losses, handle.counts.replays, handle.counts.whole
 
 
+def in_tiles(stage: int, planned: bool) -> list[float]:
+    """Losses of a model whose MLPs run in tiles, under a plan that recomputes half, or by hand and all kept."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 64, 64)
+    traced = memopt.trace(Model(), (x,), tiles=4)
+    weights = sum(p.nbytes for p in model.parameters())
+    budget = 2 * weights + (traced.peak_bytes - 2 * weights) // 2
+    plan = memopt.plan(traced, budget, "cpu", actions=("recompute",))
+    module, _ = engine(stage, "fp32", model)
+    losses = []
+    with apply(module.module, plan) if planned else by_hand(module.module, x):
+        torch.manual_seed(5)
+        for _ in range(SAVED):
+            loss = module(x)
+            module.backward(loss)
+            module.step()
+            losses.append(loss.item())
+    return losses
+
+
 def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[str, Any]]:
     """All cases in one pair of processes: DeepSpeed takes seconds to import and keeps its process groups."""
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2")
@@ -113,6 +135,7 @@ def everything(rank: int, folder: str, port: int) -> dict[tuple[int, str], dict[
             again, _ = engine(stage, "8bit")
             again.load_checkpoint(f"{folder}/{stage}", tag="here")
             results[stage, "resumed"] = train(again, range(SAVED, STEPS))
+            results[stage, "tiles"] = [in_tiles(stage, planned) for planned in (False, True)]
             results[stage, "plan"] = under_a_plan(stage, plan, early=False)
         results[3, "early plan"] = under_a_plan(3, plan, early=True)
     return results
@@ -191,3 +214,11 @@ def test_zero_3_on_real_text_has_the_loss_of_plain_pytorch(results: Any) -> None
 def test_zero_3_on_real_text_resumes_bitwise(results: Any) -> None:
     for got in results:
         assert got[3, "text"]["resumed"] == got[3, "text"]["losses"][deepspeed_text.SAVED :]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tiles_of_a_plan_are_bitwise_the_same_tiles_without(results: Any, stage: int) -> None:
+    for got in results:
+        by_itself, planned = got[stage, "tiles"]
+        assert len(planned) == SAVED
+        assert planned == by_itself
