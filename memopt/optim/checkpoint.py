@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memopt.kernels import State
 from memopt.optim import sharding
-
-if TYPE_CHECKING:
-    from memopt.optim.optimizer import RuleOptimizer
-    from memopt.optim.slot import Slot
+from memopt.optim.owner import Owner
+from memopt.optim.slot import Slot
 
 VERSION = 1
 HEADER = ("rule", "version", "skipped_steps")
@@ -28,7 +26,7 @@ def header(rule: str) -> dict[str, Any]:
     return {"rule": rule, "version": VERSION, "skipped_steps": 0}
 
 
-def export(optimizer: RuleOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
+def export(optimizer: Owner, packed: dict[str, Any]) -> dict[str, Any]:
     """torch's state dict of the optimizer with step counts as tensors, and the shape of each low-bit parameter."""
     owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     state = {}
@@ -43,24 +41,14 @@ def export(optimizer: RuleOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
     return {**packed, "state": state}
 
 
-def load(optimizer: RuleOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Check everything, then replace the optimizer's groups and states."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be what an optimizer's returned")
-    incoming: dict[str, Any] = dict(state_dict)
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        changed = hook(optimizer, incoming)
-        if changed is not None:
-            incoming = changed
-    groups, state = _read(optimizer, incoming)
-    optimizer.__setstate__({"state": state, "param_groups": groups})
-    for done in optimizer._optimizer_load_state_dict_post_hooks.values():
-        done(optimizer)
-
-
-def _read(
-    optimizer: RuleOptimizer, incoming: Mapping[str, Any]
+def read(
+    optimizer: Owner, incoming: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
+    """The groups and states of a state dict as the optimizer would hold them; it is not changed.
+
+    Raises:
+        ValueError: the state dict does not fit; the message says what differs.
+    """
     _check_form(incoming)
     saved_groups = incoming["param_groups"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -116,7 +104,7 @@ def _message(problems: list[str]) -> str:
     return f"the state dict does not fit this optimizer, nothing loaded: {shown}"
 
 
-def _differences(optimizer: RuleOptimizer, own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+def _differences(optimizer: Owner, own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     found = []
     if "rule" in saved:
         if saved["rule"] != own["rule"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -12,9 +12,7 @@ from memopt.optim import sharding
 from memopt.optim.batch import Batch
 from memopt.optim.coverage import All
 from memopt.optim.gradients import require_dense
-
-if TYPE_CHECKING:
-    from memopt.optim.optimizer import RuleOptimizer
+from memopt.optim.owner import Owner
 
 _COUNTED = ("params", "skipped_steps")
 
@@ -27,7 +25,7 @@ class _Kept:
     batches: list[Batch]
     groups: list[int]
 
-    def renew(self, optimizer: RuleOptimizer, facts: list[Any]) -> bool:
+    def renew(self, optimizer: Owner, facts: list[Any]) -> bool:
         """Make the batches those of the next step; False where they no longer fit."""
         if self.facts != facts:
             return False
@@ -59,7 +57,7 @@ class Gathering:
     def __init__(self) -> None:
         self._kept: dict[tuple[int, ...], _Kept] = {}
 
-    def batches(self, optimizer: RuleOptimizer) -> list[Batch]:
+    def batches(self, optimizer: Owner) -> list[Batch]:
         """Parameters with gradients, gathered into as few batches as their differences allow.
 
         Raises:
@@ -84,7 +82,7 @@ class Gathering:
         return batches
 
 
-def _facts(optimizer: RuleOptimizer) -> list[Any]:
+def _facts(optimizer: Owner) -> list[Any]:
     """What decides the batches, apart from states and step counts."""
     facts: list[Any] = [type(optimizer.coverage)]
     for group in optimizer.param_groups:
@@ -118,7 +116,7 @@ def _kind(value: Any) -> Any:
     return value
 
 
-def _gather(optimizer: RuleOptimizer) -> dict[tuple[Any, ...], Batch]:
+def _gather(optimizer: Owner) -> dict[tuple[Any, ...], Batch]:
     """New batches, by the group's index and what else tells them apart; fresh states where there are none."""
     batches: dict[tuple[Any, ...], Batch] = {}
     count = -1

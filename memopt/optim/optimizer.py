@@ -189,7 +189,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: another rule, format, version or shape; the message says what differs and nothing is loaded.
         """
-        checkpoint.load(self, state_dict)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be what an optimizer's returned")
+        incoming: dict[str, Any] = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            incoming = before(self, incoming) or incoming
+        groups, state = checkpoint.read(self, incoming)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def grad_factor(self, group: Mapping[str, Any]) -> float:
         """What rules multiply gradients by: -1 to maximise, over the scale of a ``GradScaler``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from torch import Tensor
 from memopt.kernels import choose_backend
 from memopt.optim import sharding
 from memopt.optim.formats import get_format
-
-if TYPE_CHECKING:
-    from memopt.optim.optimizer import RuleOptimizer
+from memopt.optim.owner import Owner
 
 
 @dataclass
@@ -58,7 +56,7 @@ class Uncertain:
         self._steps.clear()
 
 
-def guard_of(optimizer: RuleOptimizer) -> Tensor | None:
+def guard_of(optimizer: Owner) -> Tensor | None:
     """What the fused step reads on the device, float32: the factor of the gradients, and above 0 where one overflowed.
 
     None where there is no ``GradScaler``, or where the host has to know: for rules and formats whose step is more than

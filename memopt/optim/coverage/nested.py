@@ -103,7 +103,7 @@ class Nested(torch.optim.Optimizer):
         Raises:
             ValueError: not a position of a coverage like this one.
         """
-        wanted = parse(self, position)
+        wanted = self._parse(position)
         self._set_position(wanted)
         self._occupy(self._seats({}))
         if wanted["started"]:
@@ -144,8 +144,8 @@ class Nested(torch.optim.Optimizer):
         incoming: dict[str, Any] = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             incoming = before(self, incoming) or incoming
-        groups, states = read(self, incoming)
-        wanted = parse(self, groups[0].get("coverage"))
+        groups, states = read(incoming, [len(group["params"]) for group in self.param_groups])
+        wanted = self._parse(groups[0].get("coverage"))
         old = dict(self.__dict__)  # positions and seats replace attributes and change none in place
         try:
             self._set_position(wanted)
@@ -170,6 +170,9 @@ class Nested(torch.optim.Optimizer):
     def _started(self) -> bool:
         """Whether the inner optimizer has states."""
         return self.inner is not None and any(self.inner.state.values())
+
+    def _parse(self, position: Any) -> dict[str, Any]:
+        return parse(position, type(self).__name__, self._get_position(), self._check_position)
 
     def _occupy(self, seats: list[Seat], inner: torch.optim.Optimizer | None = None) -> None:
         """Make these the parameters that hold state."""

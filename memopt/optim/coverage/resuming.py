@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from memopt.optim import checks
 
-if TYPE_CHECKING:
-    from memopt.optim.coverage.nested import Nested
 
+def parse(text: Any, name: str, keys: Iterable[str], check: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """A position in the cycle, as a coverage's ``position`` gives it.
 
-def parse(coverage: Nested, text: Any) -> dict[str, Any]:
-    """A position in the cycle, as ``coverage.position`` gives it.
+    Args:
+        text: the position.
+        name: the coverage's class.
+        keys: what its positions hold besides.
+        check: raises ``ValueError`` or ``TypeError`` where their values do not fit.
 
     Raises:
         ValueError: it is not one of a coverage like this.
     """
-    name = type(coverage).__name__
     try:
         position = json.loads(text)
     except (TypeError, ValueError):
@@ -27,20 +29,24 @@ def parse(coverage: Nested, text: Any) -> dict[str, Any]:
         raise ValueError(f"expected a position of {name} and found {text!r}; was this saved by {name}?")
     if position.get("of") != name:
         raise ValueError(f"this is a position of {position.get('of')!r}, this optimizer is {name}: {text}")
-    missing = [key for key in ("started", *coverage._get_position()) if key not in position]
+    missing = [key for key in ("started", *keys) if key not in position]
     if missing:
         raise ValueError(f"the position lacks {', '.join(missing)}, nothing loaded: {text}")
     try:
         checks.flag(position, "started")
         checks.whole(position, "visit", "since", maximum=2**63 - 1)
-        coverage._check_position(position)
+        check(position)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the position does not fit this {name}, nothing loaded: {error}") from error
     return position
 
 
-def read(coverage: Nested, incoming: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+def read(incoming: Mapping[str, Any], sizes: Sequence[int]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
     """The groups of a state dict, and its states by position: it may name parameters instead of counting them.
+
+    Args:
+        incoming: the state dict.
+        sizes: how many parameters each of the optimizer's groups has.
 
     Raises:
         ValueError: it has not the form of one, or groups of other sizes.
@@ -52,9 +58,8 @@ def read(coverage: Nested, incoming: Mapping[str, Any]) -> tuple[list[dict[str, 
         raise ValueError("param_groups of the state dict is no list of groups with 'params'; nothing loaded")
     if not isinstance(states, Mapping):
         raise ValueError("state of the state dict is no mapping of parameters to their states; nothing loaded")
-    sizes = [len(group["params"]) for group in coverage.param_groups]
     saved = [len(group["params"]) for group in groups]
-    if sizes != saved:
+    if list(sizes) != saved:
         raise ValueError(f"the state dict has groups of {saved} parameters, this optimizer of {sizes}; nothing loaded")
     keys = [key for group in groups for key in group["params"]]
     return groups, {i: states[key] for i, key in enumerate(keys) if key in states}
