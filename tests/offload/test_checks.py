@@ -113,39 +113,36 @@ def test_compiled_and_scripted_blocks_are_refused_by_name() -> None:
         apply(model, _plan(BlockPlan("blocks.2", 0, "", ())))
 
 
+def _gradients(case, called: nn.Module, model: nn.Module, inputs) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return list(torch.autograd.grad(step_loss(case, called, inputs), list(model.parameters())))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
 @pytest.mark.parametrize("first", ["apply", "compile"])
 def test_a_compiled_model_around_planned_blocks(first: str) -> None:
     """What is around the blocks is compiled, the blocks run as written: bitwise as without."""
     case, model, inputs, found = _gpt()
-    torch.manual_seed(3)
-    plain = torch.autograd.grad(step_loss(case, model, inputs), list(model.parameters()))
+    plain = _gradients(case, model, model, inputs)
     compiled = torch.compile(model, backend="eager") if first == "compile" else None
     with apply(model, make_plan(case, everything(found, Action.RECOMPUTE))) as handle:
         compiled = torch.compile(model, backend="eager") if compiled is None else compiled
         for _ in range(2):
-            torch.manual_seed(3)
-            ours = torch.autograd.grad(step_loss(case, compiled, inputs), list(model.parameters()))
-            assert same(list(ours), list(plain))
-        assert handle.counts.replays == 6
-        assert handle.counts.whole == 0
+            assert same(_gradients(case, compiled, model, inputs), plain)
+        assert (handle.counts.replays, handle.counts.whole) == (6, 0)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
 def test_a_block_compiled_under_a_plan() -> None:
     """``block.compile()`` compiles what it calls, and that is the plan's: nothing is compiled, everything is exact."""
     case, model, inputs, found = _gpt()
-    torch.manual_seed(3)
-    plain = torch.autograd.grad(step_loss(case, model, inputs), list(model.parameters()))
+    plain = _gradients(case, model, model, inputs)
     with apply(model, make_plan(case, everything(found, Action.RECOMPUTE))) as handle:
         for block in model.blocks:
             block.compile(backend="eager")
         for _ in range(2):
-            torch.manual_seed(3)
-            ours = torch.autograd.grad(step_loss(case, model, inputs), list(model.parameters()))
-            assert same(list(ours), list(plain))
-        assert handle.counts.replays == 6
-        assert handle.counts.whole == 0
+            assert same(_gradients(case, model, model, inputs), plain)
+        assert (handle.counts.replays, handle.counts.whole) == (6, 0)
 
 
 def test_a_plan_made_for_another_dtype_of_the_same_size() -> None:

@@ -22,6 +22,7 @@ from memopt.offload.tiers import host
 from memopt.planner.values import Action
 from tests.offload.models import everything, make_plan, mixture, parted, run, same
 from tests.offload.test_mixtures import EXACT, _prepared
+from tests.offload.test_optimizers import _refusing
 
 
 class Event:
@@ -232,22 +233,13 @@ def test_a_storage_in_several_buffers_comes_back() -> None:
         assert torch.equal(slot.get().view(torch.float32)[:count], x[:count])
 
 
-class _Refusing(torch.optim.AdamW):
-    refuses = False
-
-    def step(self, closure: Any = None) -> Any:
-        if self.refuses:
-            raise ArithmeticError("no")
-        return super().step(closure)
-
-
 def test_pages_of_optimizer_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two buckets at most are on the device; none after a step, however it ends; nothing grows from step to step."""
     tier = pinned.PinnedTier(None)
     monkeypatch.setattr(host, "open_tier", lambda folder, limit: tier)
     parameters = [torch.nn.Parameter(torch.ones(1000)) for _ in range(4)]
     twins = [torch.nn.Parameter(torch.ones(1000)) for _ in range(4)]
-    paged, plain = PagedOptimizer(parameters, _Refusing, bucket_bytes=4000), torch.optim.AdamW(twins)
+    paged, plain = PagedOptimizer(parameters, _refusing, bucket_bytes=4000), _refusing(twins)
     bucket, seen = 8000, []
     for optimizer in paged._optimizers:
         optimizer.register_step_pre_hook(lambda *args: seen.append(tier.ahead_bytes + tier._leaving_bytes))
