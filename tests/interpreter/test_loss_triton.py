@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.losses import contrastive_loss, dense_linear_cross_entropy, linear_cross_entropy
+from memopt.kernels.losses.logits import Logits
 from memopt.kernels.losses.logits_torch import logit_statistics as plain_statistics
 from memopt.kernels.losses.logits_torch import softmax_gradient_ as plain_gradient_
 from tests.kernels.loss_cases import Case, check_as_close, check_no_further
@@ -40,19 +41,20 @@ def test_row_kernels(R: int, V: int, cap: float, everything: bool, soft: bool, d
     weights = torch.rand(V) if everything else None
     q = torch.rand(R, V) if soft else None
     rest = (None if soft else target, bias, weights, q, torch.tensor(1.3), cap)
-    expected, best = plain_statistics(x, *rest, True, True)
-    ours, argmax = logits_triton.logit_statistics(x, *rest, True, True)
+    expected, best = plain_statistics(Logits(x, *rest), True, True)
+    ours, argmax = logits_triton.logit_statistics(Logits(x, *rest), True, True)
     assert torch.equal(argmax, best)
     exact = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in rest]
-    truth, _ = plain_statistics(x.double(), *exact, True, True)
+    truth, _ = plain_statistics(Logits(x.double(), *exact), True, True)
     for a, b, t in zip(ours, expected, truth, strict=True):  # maximum, sum, expected, target, weighted
         check_as_close(a, b, t)
     coefficients = torch.rand(4, R)
     coefficients[0] += ours[0] + ours[1].log()
     plain, made, wide = x.clone(), x.clone(), x.double()
-    of_scale = plain_gradient_(wide, coefficients.double(), *exact, True)
-    plain_of_scale = plain_gradient_(plain, coefficients, *rest, True)
-    check_as_close(logits_triton.softmax_gradient_(made, coefficients, *rest, True), plain_of_scale, of_scale)
+    of_scale = plain_gradient_(Logits(wide, *exact), coefficients.double(), True)
+    plain_of_scale = plain_gradient_(Logits(plain, *rest), coefficients, True)
+    ours_of_scale = logits_triton.softmax_gradient_(Logits(made, *rest), coefficients, True)
+    check_as_close(ours_of_scale, plain_of_scale, of_scale)
     check_as_close(made, plain, wide)
 
 

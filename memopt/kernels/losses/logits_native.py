@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.kernels.losses.logits import Logits
 from memopt.native_build import build, threads
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -38,21 +39,11 @@ def available(logits: Tensor) -> bool:
     return logits.dtype in DTYPES and logits.stride(-1) == 1 and _library() is not None
 
 
-def logit_statistics(
-    logits: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_weighted: bool,
-    want_expected: bool,
-) -> tuple[Tensor, Tensor]:
+def logit_statistics(x: Logits, want_weighted: bool, want_expected: bool) -> tuple[Tensor, Tensor]:
     """See ``logits_torch.logit_statistics``."""
-    out = torch.empty(5, logits.shape[0], dtype=torch.float32)
-    argmax = torch.empty(logits.shape[0], dtype=torch.int64)
-    head, alive = _head(logits, target, bias, class_weight, soft, scale, softcap)
+    out = torch.empty(5, x.raw.shape[0], dtype=torch.float32)
+    argmax = torch.empty(x.raw.shape[0], dtype=torch.int64)
+    head, alive = _head(x)
     library = _library()
     assert library is not None
     library.memopt_logit_statistics(
@@ -62,20 +53,10 @@ def logit_statistics(
     return out, argmax
 
 
-def softmax_gradient_(
-    logits: Tensor,
-    coefficients: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_scale: bool,
-) -> Tensor:
+def softmax_gradient_(x: Logits, coefficients: Tensor, want_scale: bool) -> Tensor:
     """See ``logits_torch.softmax_gradient_``."""
-    scale_gradient = torch.zeros(logits.shape[0], dtype=torch.float32)
-    head, alive = _head(logits, target, bias, class_weight, soft, scale, softcap)
+    scale_gradient = torch.zeros(x.raw.shape[0], dtype=torch.float32)
+    head, alive = _head(x)
     coefficients = coefficients.contiguous()
     library = _library()
     assert library is not None
@@ -85,20 +66,12 @@ def softmax_gradient_(
     return scale_gradient
 
 
-def _head(
-    logits: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-) -> tuple[list[object], list[Tensor | None]]:
+def _head(x: Logits) -> tuple[list[object], list[Tensor | None]]:
     """The arguments both entry points share, and the tensors that must stay alive during the call."""
-    R, V = logits.shape
-    bias, class_weight, soft = (None if t is None else t.float().contiguous() for t in (bias, class_weight, soft))
-    target = None if target is None else target.contiguous()
+    R, V = x.raw.shape
+    bias, class_weight, soft = (None if t is None else t.float().contiguous() for t in (x.bias, x.class_weight, x.soft))
+    target = None if x.target is None else x.target.contiguous()
     address = [None if t is None else t.data_ptr() for t in (bias, class_weight, soft, target)]
-    head: list[object] = [DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), R, V]
-    head += [address[0], float(scale), softcap, address[1], address[2], V, address[3]]
+    head: list[object] = [DTYPES[x.raw.dtype], x.raw.data_ptr(), x.raw.stride(0), R, V]
+    head += [address[0], float(x.scale), x.softcap, address[1], address[2], V, address[3]]
     return head, [bias, class_weight, soft, target]

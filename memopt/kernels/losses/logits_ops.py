@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memopt.kernels.backend import choose_backend
 from memopt.kernels.losses import logits_native, logits_torch
+from memopt.kernels.losses.logits import Logits
 
 
 @torch.library.custom_op("memopt::logit_statistics", mutates_args=())
@@ -32,38 +33,18 @@ def logit_statistics(
     want_weighted: bool,
     want_expected: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of each row: see the module and ``logits_torch``.
-
-    Args:
-        logits: (R, V), any float dtype.
-        target: (R,) int64; an index outside [0, V) belongs to no entry of this matrix.
-        bias, class_weight: (V,) in the dtype of ``scale``.
-        soft: (R, V) target probabilities.
-        scale: scalar tensor, float32 (float64 for float64 logits); its dtype is that of all arithmetic.
-        softcap: 0 for none.
+    """Statistics of each row of :class:`~memopt.kernels.losses.logits.Logits`, whose fields the first arguments are.
 
     Returns:
         (5, R): maximum, sum of exp(z - maximum), the same times z - maximum, target logit, weighted sum of z (the
         third and fifth only where wanted); and (R,) int64 argmax.
     """
-    use = _implementation(logits)
-    return use.logit_statistics(  # type: ignore[no-any-return]
-        logits, target, bias, class_weight, soft, scale, softcap, want_weighted, want_expected
-    )
+    x = Logits(logits, target, bias, class_weight, soft, scale, softcap)
+    return _implementation(logits).logit_statistics(x, want_weighted, want_expected)  # type: ignore[no-any-return]
 
 
 @logit_statistics.register_fake
-def _(
-    logits: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_weighted: bool,
-    want_expected: bool,
-) -> tuple[Tensor, Tensor]:
+def _(logits, target, bias, class_weight, soft, scale, *_):  # type: ignore[no-untyped-def]
     R = logits.shape[0]
     return scale.new_empty((5, R)), logits.new_empty((R,), dtype=torch.int64)
 
@@ -84,24 +65,12 @@ def softmax_gradient_(
 
     Returns the gradient with respect to ``scale`` by row, (R,), where wanted.
     """
-    use = _implementation(logits)
-    return use.softmax_gradient_(  # type: ignore[no-any-return]
-        logits, coefficients, target, bias, class_weight, soft, scale, softcap, want_scale
-    )
+    x = Logits(logits, target, bias, class_weight, soft, scale, softcap)
+    return _implementation(logits).softmax_gradient_(x, coefficients, want_scale)  # type: ignore[no-any-return]
 
 
 @softmax_gradient_.register_fake
-def _(
-    logits: Tensor,
-    coefficients: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_scale: bool,
-) -> Tensor:
+def _(logits, coefficients, target, bias, class_weight, soft, scale, *_):  # type: ignore[no-untyped-def]
     return scale.new_empty((logits.shape[0],))
 
 

@@ -5,84 +5,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memopt.kernels.losses.logits import Logits
+
 _BLOCK_BYTES = 8 * 2**20  # of working memory per tensor; several are alive at a time
 
 
-def logit_statistics(
-    logits: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_weighted: bool,
-    want_expected: bool,
-) -> tuple[Tensor, Tensor]:
+def logit_statistics(x: Logits, want_weighted: bool, want_expected: bool) -> tuple[Tensor, Tensor]:
     """The five statistics that ``logits_ops`` names, and the argmax."""
-    R, V = logits.shape
-    out = torch.zeros(5, R, dtype=scale.dtype, device=logits.device)
-    argmax = torch.zeros(R, dtype=torch.int64, device=logits.device)
-    for rows in _blocks(R, V, scale):
-        _, z = _final_logits(logits[rows], bias, scale, softcap)
+    R, V = x.raw.shape
+    out = torch.zeros(5, R, dtype=x.scale.dtype, device=x.raw.device)
+    argmax = torch.zeros(R, dtype=torch.int64, device=x.raw.device)
+    for rows in _blocks(R, V, x.scale):
+        _, z = _final_logits(x, rows)
         out[0, rows], argmax[rows] = z.max(1)
         below = z - out[0, rows].unsqueeze(1)
         e = below.exp()
         out[1, rows] = e.sum(1)
         if want_expected:
             out[2, rows] = torch.where(e == 0, 0.0, e * below).sum(1)
-        if target is not None:
-            inside = (target[rows] >= 0) & (target[rows] < V)
-            found = z.gather(1, target[rows].clamp(0, V - 1).unsqueeze(1)).squeeze(1)
+        if x.target is not None:
+            inside = (x.target[rows] >= 0) & (x.target[rows] < V)
+            found = z.gather(1, x.target[rows].clamp(0, V - 1).unsqueeze(1)).squeeze(1)
             out[3, rows] = torch.where(inside, found, 0.0)
         if want_weighted:
-            if class_weight is not None:
-                z = z * class_weight
-            out[4, rows] = (z if soft is None else z * soft[rows]).sum(1)
+            if x.class_weight is not None:
+                z = z * x.class_weight
+            out[4, rows] = (z if x.soft is None else z * x.soft[rows]).sum(1)
     return out, argmax
 
 
-def softmax_gradient_(
-    logits: Tensor,
-    coefficients: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_scale: bool,
-) -> Tensor:
-    """Replaces ``logits`` by the gradient with respect to them; returns, per row, that with respect to ``scale``."""
-    R, V = logits.shape
-    scale_gradient = torch.zeros(R, dtype=scale.dtype, device=logits.device)
-    for rows in _blocks(R, V, scale):
-        raw, z = _final_logits(logits[rows], bias, scale, softcap)
+def softmax_gradient_(x: Logits, coefficients: Tensor, want_scale: bool) -> Tensor:
+    """Replaces ``x.raw`` by the gradient with respect to them; returns, per row, that with respect to ``scale``."""
+    R, V = x.raw.shape
+    scale_gradient = torch.zeros(R, dtype=x.scale.dtype, device=x.raw.device)
+    for rows in _blocks(R, V, x.scale):
+        raw, z = _final_logits(x, rows)
         lse, of_softmax, of_target, of_uniform = coefficients[:, rows].unsqueeze(2)
         d = of_softmax * (z - lse).exp_()
-        weights = 1.0 if class_weight is None else class_weight
+        weights = 1.0 if x.class_weight is None else x.class_weight
         d -= of_uniform * weights
-        if soft is not None:
-            d -= of_target * weights * soft[rows]
-        elif target is not None:
-            inside = (target[rows] >= 0) & (target[rows] < V)
+        if x.soft is not None:
+            d -= of_target * weights * x.soft[rows]
+        elif x.target is not None:
+            inside = (x.target[rows] >= 0) & (x.target[rows] < V)
             taken = torch.where(inside.unsqueeze(1), -of_target, torch.zeros_like(of_target))
-            d.scatter_add_(1, target[rows].clamp(0, V - 1).unsqueeze(1), taken)
-        if softcap:
-            d *= 1.0 - (z / softcap).square_()
+            d.scatter_add_(1, x.target[rows].clamp(0, V - 1).unsqueeze(1), taken)
+        if x.softcap:
+            d *= 1.0 - (z / x.softcap).square_()
         if want_scale:
             scale_gradient[rows] = (d * raw).sum(1)
-        logits[rows] = (d * scale).to(logits.dtype)
+        x.raw[rows] = (d * x.scale).to(x.raw.dtype)
     return scale_gradient
 
 
-def _final_logits(logits: Tensor, bias: Tensor | None, scale: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    raw = logits.to(scale.dtype)
-    if bias is not None:
-        raw = raw + bias
-    z = raw * scale
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
+def _final_logits(x: Logits, rows: slice) -> tuple[Tensor, Tensor]:
+    raw = x.raw[rows].to(x.scale.dtype)
+    if x.bias is not None:
+        raw = raw + x.bias
+    z = raw * x.scale
+    if x.softcap:
+        z = x.softcap * torch.tanh(z / x.softcap)
     return raw, z
 
 

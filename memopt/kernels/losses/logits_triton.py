@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memopt.kernels.backend import interpreting
+from memopt.kernels.losses.logits import Logits
 from memopt.kernels.losses.triton_math import final_logits, round_to
 
 BLOCK = 2048
@@ -126,53 +127,33 @@ def gradient_kernel(
             tl.store(row_ptr + entries, round_to(d * scale, x_ptr.dtype.element_ty, INTERPRET), mask=inside)
 
 
-def logit_statistics(
-    logits: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_weighted: bool,
-    want_expected: bool,
-) -> tuple[Tensor, Tensor]:
+def logit_statistics(x: Logits, want_weighted: bool, want_expected: bool) -> tuple[Tensor, Tensor]:
     """See ``logits_torch.logit_statistics``."""
-    R, V = logits.shape
-    out = torch.empty(5, R, dtype=torch.float32, device=logits.device)
-    argmax = torch.empty(R, dtype=torch.int64, device=logits.device)
+    R, V = x.raw.shape
+    out = torch.empty(5, R, dtype=torch.float32, device=x.raw.device)
+    argmax = torch.empty(R, dtype=torch.int64, device=x.raw.device)
     rows = _rows_per_program(R)
     if R:
         statistics_kernel[(triton.cdiv(R, rows),)](
-            logits, logits.stride(0), target, bias, class_weight, soft, V, scale, softcap, out, argmax, R, V,
-            HAS_TARGET=target is not None, HAS_BIAS=bias is not None, HAS_WEIGHT=class_weight is not None,
-            HAS_SOFT=soft is not None, HAS_CAP=softcap > 0, WANT_WEIGHTED=want_weighted, WANT_EXPECTED=want_expected,
-            BLOCK=BLOCK, ROWS=rows, num_warps=WARPS,
+            x.raw, x.raw.stride(0), x.target, x.bias, x.class_weight, x.soft, V, x.scale, x.softcap, out, argmax, R, V,
+            HAS_TARGET=x.target is not None, HAS_BIAS=x.bias is not None, HAS_WEIGHT=x.class_weight is not None,
+            HAS_SOFT=x.soft is not None, HAS_CAP=x.softcap > 0, WANT_WEIGHTED=want_weighted,
+            WANT_EXPECTED=want_expected, BLOCK=BLOCK, ROWS=rows, num_warps=WARPS,
         )  # fmt: skip
     return out, argmax
 
 
-def softmax_gradient_(
-    logits: Tensor,
-    coefficients: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    soft: Tensor | None,
-    scale: Tensor,
-    softcap: float,
-    want_scale: bool,
-) -> Tensor:
+def softmax_gradient_(x: Logits, coefficients: Tensor, want_scale: bool) -> Tensor:
     """See ``logits_torch.softmax_gradient_``."""
-    R, V = logits.shape
+    R, V = x.raw.shape
     rows, blocks = _rows_per_program(R), triton.cdiv(V, BLOCK)
-    by_scale = torch.zeros(R, blocks if want_scale else 1, dtype=torch.float32, device=logits.device)
+    by_scale = torch.zeros(R, blocks if want_scale else 1, dtype=torch.float32, device=x.raw.device)
     if R:
         gradient_kernel[(triton.cdiv(R, rows), blocks)](
-            logits, logits.stride(0), coefficients.contiguous(), target, bias, class_weight, soft, V, scale, softcap,
-            by_scale, R, V,
-            HAS_TARGET=target is not None, HAS_BIAS=bias is not None, HAS_WEIGHT=class_weight is not None,
-            HAS_SOFT=soft is not None, HAS_CAP=softcap > 0, WANT_SCALE=want_scale, BLOCK=BLOCK, ROWS=rows,
+            x.raw, x.raw.stride(0), coefficients.contiguous(), x.target, x.bias, x.class_weight, x.soft, V, x.scale,
+            x.softcap, by_scale, R, V,
+            HAS_TARGET=x.target is not None, HAS_BIAS=x.bias is not None, HAS_WEIGHT=x.class_weight is not None,
+            HAS_SOFT=x.soft is not None, HAS_CAP=x.softcap > 0, WANT_SCALE=want_scale, BLOCK=BLOCK, ROWS=rows,
             INTERPRET=interpreting(), num_warps=WARPS,
         )  # fmt: skip
     return by_scale.sum(1)
