@@ -64,6 +64,32 @@ def test_a_compressed_value_feeds_no_replay() -> None:
     assert played.recompute_seconds == pytest.approx(cost)
 
 
+def test_a_storage_stays_as_long_as_forward_or_another_call_holds_it() -> None:
+    trace = transformer(2, unit=1000)
+    plans = with_actions(trace, {(0, UP): Action.SWAP})
+    block = trace.blocks[0]
+    held = tuple(replace(s, let_go=block.forward[1] + 2) if s.index == UP else s for s in block.saved)
+    longer = replace(trace, blocks=(replace(block, saved=held), *trace.blocks[1:]))
+    # Without overlap, nor replays, a moment is an operation, but for the copies.
+    early, late = simulate(trace, plans, CPU), simulate(longer, plans, CPU)
+    more = [sum(b) - sum(a) for (_, a), (_, b) in zip(early.moments, late.moments, strict=True)]
+    used = block.saved[UP].storage
+    gone = 1 + max(op.index for op in trace.ops[: block.forward[1]] if used in (*op.reads, *op.writes))
+    assert more == [4000 * (gone <= n < block.forward[1] + 2) for n in range(len(trace.ops))]
+
+
+def test_what_is_held_until_backward_wants_it_back_is_there_twice() -> None:
+    trace = transformer(2, unit=1000)
+    block = trace.blocks[1]
+    needed = min(op.index for op in trace.ops[block.backward[0] :] if block.saved[UP].storage in op.reads)
+    held = tuple(replace(s, let_go=needed + 1) if s.index == UP else s for s in block.saved)
+    longer = replace(trace, blocks=(trace.blocks[0], replace(block, saved=held)))
+    kept = simulate(trace, (), CPU)
+    late = simulate(longer, with_actions(trace, {(1, UP): Action.SWAP}), CPU)
+    more = [sum(b) - sum(a) for (_, a), (_, b) in zip(kept.moments, late.moments, strict=True)]
+    assert more == [4000 * (n == needed) for n in range(len(trace.ops))]
+
+
 def test_swaps_without_overlap_hold_up_the_step_both_ways() -> None:
     trace = transformer(2, unit=1000)
     played = simulate(trace, with_actions(trace, {(0, UP): Action.SWAP}), CPU)
