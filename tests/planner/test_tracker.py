@@ -224,3 +224,24 @@ def test_an_exception_in_the_model_leaves_phases_in_order() -> None:
         model.inner(torch.ones(1, 2)).sum().backward()
     assert Phase.LOSS in tracker.history.phases
     assert tracker.history.phases[-1] is Phase.BACKWARD
+
+
+def test_a_model_s_outputs_are_logits_whatever_the_loss_is_made_of() -> None:
+    model, x, tracker = nn.Linear(4, 50), torch.zeros(3, 4), StorageTracker()
+    with tracking(tracker):
+        output = model(x)
+        output.square().mean().backward()
+    phases = tracker.history.phases
+    made = [r for r in tracker.history.records if r.producer is not None and phases[r.producer] is Phase.FORWARD]
+    assert [record.category for record in made if record.bytes == output.nbytes] == [Category.LOGITS]
+
+
+def test_what_a_loss_reads_is_logits_only_where_an_operation_made_it() -> None:
+    given, target, tracker = torch.zeros(3, 50), torch.zeros(3, dtype=torch.long), StorageTracker()
+    with tracking(tracker):
+        F.cross_entropy(given, target)
+        F.cross_entropy(given + 1, target)
+    of_size = [record for record in tracker.history.records if record.bytes == given.nbytes]
+    assert of_size[0].producer is None
+    assert of_size[0].category is None
+    assert {record.category for record in of_size[1:]} == {Category.LOGITS}
