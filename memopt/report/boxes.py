@@ -24,7 +24,9 @@ class Box:
 
 
 def boxes_of(storages: Sequence[Storage], offsets: Sequence[int] | None = None) -> list[Box]:
-    """Boxes for the ``storages`` of a trace; without ``offsets`` they are placed first. Empty storages are left out.
+    """Boxes for the ``storages`` of a trace; without ``offsets`` they are placed first.
+
+    Storages that hold nothing, or are alive at no operation, are left out.
 
     Raises:
         ValueError: another number of offsets than of storages.

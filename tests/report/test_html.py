@@ -74,10 +74,11 @@ def test_boxes_are_placed_or_take_the_offsets_given():
         Storage(7, 8, Category.WEIGHTS, 0, 9, None, "w"),
         Storage(8, 0, Category.WEIGHTS, 0, 9, None, "empty"),
         Storage(9, 4, Category.TEMPORARIES, 2, 3, 1, "t"),
+        Storage(10, 4, Category.TEMPORARIES, 5, 5, 1, "never alive"),
     ]
-    assert boxes_of(storages, [4, 0, 0]) == [Box(0, 9, 4, 8, "w", "weights"), Box(2, 3, 0, 4, "t", "temporaries")]
+    assert boxes_of(storages, [4, 0, 0, 0]) == [Box(0, 9, 4, 8, "w", "weights"), Box(2, 3, 0, 4, "t", "temporaries")]
     assert {(box.name, box.offset) for box in boxes_of(storages)} == {("w", 0), ("t", 8)}
-    with pytest.raises(ValueError, match="2 offsets for 3 storages"):
+    with pytest.raises(ValueError, match="2 offsets for 4 storages"):
         boxes_of(storages, [0, 0])
 
 
