@@ -42,9 +42,11 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
 
     gain_at = {j: at for at, j in enumerate(gains)}
     blocks = [s.block for s in kind.stored if isinstance(s, Codec)]
-    tile = math.lcm(*blocks) if blocks else TILE
-    tile *= -(-TILE // tile)
-    parts = [header(), f"enum {{ N_STATES = {count}, N_SUMS = {len(sums)}, TILE = {tile} }};\n"]
+    unit = math.lcm(*blocks) if blocks else TILE
+    tile = unit * -(-TILE // unit)
+    wide = tile // 2 if tile // unit % 4 == 0 else tile  # small blocks gain less from many in a tile
+    parts = [header(), f"enum {{ N_STATES = {count}, N_SUMS = {len(sums)} }};\n"]
+    parts.append(f"#if MEMOPT_AVX512\nenum {{ TILE = {wide} }};\n#else\nenum {{ TILE = {tile} }};\n#endif\n")
     parts.append(read("step.hpp"))
     scale_parts: dict[int, list[str]] = {}
     stages: dict[int, Stages] = {}
