@@ -8,7 +8,6 @@ first operation that does not match the template on, all of them are.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,8 +21,9 @@ from memopt.offload.errors import ReplayError
 from memopt.offload.operators import written_positions
 from memopt.offload.replay.standin import StandIn, stand_in
 from memopt.offload.replay.tape import Chain, Hole, Key, Node, Tape
+from memopt.offload.replay.views import is_view, view_of
 from memopt.offload.template import Layout, OpTemplate, Template
-from memopt.offload.trees import operands_and_constants, with_operands
+from memopt.offload.trees import operands_and_constants
 
 _CAST = torch.ops.aten._to_copy.default
 _local = threading.local()
@@ -33,28 +33,6 @@ _NO_NAMES: dict[str, Any] = {}
 def replaying() -> bool:
     """Whether this thread is inside the replay of a block."""
     return getattr(_local, "depth", 0) > 0
-
-
-@functools.cache
-def is_view(func: Any) -> bool:
-    """Whether an operator only gives other names to its first operand's storage."""
-    returns = func._schema.returns
-    return bool(returns) and not func._schema.is_mutable and all(r.alias_info is not None for r in returns)
-
-
-def view_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-    """The view of a stand-in, worked out without data."""
-    base = next(tensor for tensor in tensors if isinstance(tensor, StandIn))
-    reach = sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))
-    flat = torch.empty(base.storage_offset() + reach + 1, dtype=base.dtype, device="meta")
-    bare = flat.as_strided(base.shape, base.stride(), base.storage_offset())
-    new_args, new_kwargs = with_operands(args, kwargs, [bare if t is base else t for t in tensors])
-    output = func(*new_args, **new_kwargs)
-
-    def one(item: Tensor) -> Tensor:
-        return stand_in(Layout.of(item)._replace(device=base.device), base.chain)
-
-    return type(output)(one(item) for item in output) if isinstance(output, (tuple, list)) else one(output)
 
 
 def _laid_alike(tensors: list[Tensor], layouts: tuple[Layout | None, ...]) -> bool:
