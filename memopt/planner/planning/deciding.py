@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from memopt.planner.devices import HardwareLike, Rates, rates_of
-from memopt.planner.plan_file import Plan, model_signature
+from memopt.planner.plan_file import Plan
+from memopt.planner.planning.answering import Answer, assemble, weight_bytes
 from memopt.planner.policy import Solution, SolverError, relax, smallest_peak, solve
 from memopt.planner.policy.solvers import check_time_limit
 from memopt.planner.policy.solving import GAP
 from memopt.planner.problem import Choice, Problem, build, is_steady
-from memopt.planner.units import format_bytes, parse_bytes
-from memopt.planner.validation import Simulation, simulate, validate
-from memopt.planner.values import Action, BlockPlan, Category, SavedStorage, Status, StorageAction, Trace
+from memopt.planner.units import parse_bytes
+from memopt.planner.validation import simulate, validate
+from memopt.planner.values import Action, BlockPlan, SavedStorage, Status, StorageAction, Trace
 from memopt.planner.variants import last_pass
 
 DEFAULT_ACTIONS = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
 CLOSE = 0.002  # of the budget: a peak so little below it leaves nothing to gain
 Shared = tuple[Choice, float]  # a choice taken for a share of a storage
 ROUNDS = 6  # solves with a corrected target, until the program's memory and the simulation's agree
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """A policy and what its simulation showed."""
-
-    blocks: tuple[BlockPlan, ...]
-    simulation: Simulation
-    solution: Solution | None
-    method: str
 
 
 def plan(
@@ -70,7 +60,7 @@ def plan(
     baseline = simulate(trace, (), rates)
     if budget_bytes is None or baseline.peak_bytes <= budget_bytes:
         kept = planner.block_plans({})
-        answer: _Answer | None = _Answer(kept, baseline, None, "everything fits as it is")
+        answer: Answer | None = Answer(kept, baseline, None, "everything fits as it is")
     elif budget_bytes < weight_bytes(trace):
         answer = None
     else:
@@ -79,25 +69,18 @@ def plan(
     status, gap = Status.OPTIMAL, 0.0
     if answer is None:
         status, smallest = Status.INFEASIBLE, planner.smallest()
-        shown = _Answer((), smallest.simulation, smallest.solution, smallest.method)
+        shown = Answer((), smallest.simulation, smallest.solution, smallest.method)
     else:
         shown = answer
         if answer.solution is not None:
             gap = planner.gap(answer)
             status = Status.OPTIMAL if gap <= 2 * GAP else Status.FEASIBLE
-    found = _assemble(
-        trace, rates, budget_bytes, baseline, shown, status, gap, planner.passes, time.monotonic() - began
-    )
+    found = assemble(trace, rates, budget_bytes, baseline, shown, status, gap, planner.passes, time.monotonic() - began)
     if status is not Status.INFEASIBLE:
         broken = validate(trace, found, rates).broken
         if broken is not None:
             raise SolverError(f"the plan breaks a rule and is withheld: {broken}")
     return found
-
-
-def weight_bytes(trace: Trace) -> int:
-    """Bytes of the weights, which no plan moves: no budget below them can be met."""
-    return sum(s.bytes for s in trace.storages if s.category is Category.WEIGHTS)
 
 
 def estimate(
@@ -144,7 +127,7 @@ class _Planner:
         self.last, self.passes = last_pass(trace)
         self.deadline, self.solver = time.monotonic() + check_time_limit(time_limit), solver
         self.bound_seconds: float | None = None
-        self._smallest: _Answer | None = None
+        self._smallest: Answer | None = None
 
     @cached_property
     def problem(self) -> Problem:
@@ -171,7 +154,7 @@ class _Planner:
             plans.append(BlockPlan(block.path, block.call, block.signature, tuple(own), tuple(given)))
         return tuple(plans)
 
-    def within(self, budget_bytes: int) -> _Answer | None:
+    def within(self, budget_bytes: int) -> Answer | None:
         """The cheapest policy whose simulated peak is within the budget; None where none was found.
 
         The program's memory is a close upper bound of the simulation's in most places. Where it is not, the target
@@ -180,7 +163,12 @@ class _Planner:
         target, best, raised = budget_bytes, None, False
         for _ in range(ROUNDS):
             problem = self.problem.within(target)
-            solution = solve(problem, self.left(), self.solver)
+            try:
+                solution = solve(problem, self.left(), self.solver)
+            except SolverError:  # such as nothing found in time; the smallest peak is an answer wherever it fits
+                if best is None and self.smallest().simulation.peak_bytes > budget_bytes:
+                    raise
+                break
             if solution.status is Status.INFEASIBLE:
                 break
             if target == budget_bytes:
@@ -201,7 +189,7 @@ class _Planner:
             best = last if last.simulation.peak_bytes <= budget_bytes else None
         return best
 
-    def smallest(self) -> _Answer:
+    def smallest(self) -> Answer:
         """The policy with the smallest peak that was found."""
         if self._smallest is not None:
             return self._smallest
@@ -209,11 +197,11 @@ class _Planner:
         kept = simulate(self.trace, (), self.rates)
         answer = self._play(self.problem, solution)
         if kept.peak_bytes <= answer.simulation.peak_bytes:
-            answer = _Answer(self.block_plans({}), kept, solution, "nothing saves memory here")
+            answer = Answer(self.block_plans({}), kept, solution, "nothing saves memory here")
         self._smallest = answer
         return answer
 
-    def _play(self, problem: Problem, solution: Solution) -> _Answer:
+    def _play(self, problem: Problem, solution: Solution) -> Answer:
         shares = solution.shares
         chosen = {
             (block.block, item.index): [(c, shares[c.variable]) for c in item.choices if c.variable in shares]
@@ -221,9 +209,9 @@ class _Planner:
             for item in block.items
         }
         plans = self.block_plans(chosen)
-        return _Answer(plans, simulate(self.trace, plans, self.rates), solution, solution.method)
+        return Answer(plans, simulate(self.trace, plans, self.rates), solution, solution.method)
 
-    def gap(self, answer: _Answer) -> float:
+    def gap(self, answer: Answer) -> float:
         """How much faster the step could be at most, by the first solve's bound for the budget as given."""
         spent = answer.simulation.step_seconds
         best = answer.simulation.compute_seconds + self.passes * (self.bound_seconds or 0.0)
@@ -245,58 +233,5 @@ def _parts(saved: SavedStorage, taken: Sequence[Shared]) -> list[StorageAction]:
     return [StorageAction(saved.index, saved.bytes, a, share, format) for (a, format), share in shares.items()]
 
 
-def _cost(answer: _Answer) -> tuple[float, int]:
+def _cost(answer: Answer) -> tuple[float, int]:
     return answer.simulation.step_seconds, answer.simulation.swapped_bytes
-
-
-def _assemble(
-    trace: Trace,
-    rates: Rates,
-    budget_bytes: int | None,
-    baseline: Simulation,
-    answer: _Answer,
-    status: Status,
-    gap: float,
-    passes: int,
-    seconds: float,
-) -> Plan:
-    found = answer.simulation
-    return Plan(
-        model=trace.model,
-        model_signature=model_signature(trace),
-        dtype=trace.dtype,
-        hardware=rates.name,
-        status=status,
-        method=answer.method,
-        gap=gap,
-        budget_bytes=budget_bytes,
-        peak_bytes=found.peak_bytes,
-        peak_at=found.peak_at,
-        baseline_peak_bytes=baseline.peak_bytes,
-        by_category=found.by_category,
-        smallest_budget_bytes=found.peak_bytes if status is Status.INFEASIBLE else None,
-        binding=_binding(trace, found, budget_bytes),
-        compute_seconds=found.compute_seconds,
-        recompute_seconds=found.recompute_seconds,
-        stall_seconds=found.stall_seconds,
-        compression_seconds=found.compression_seconds,
-        swap_tier=rates.tier,
-        swapped_bytes=found.swapped_bytes,
-        host_bytes=found.host_bytes,
-        blocks=answer.blocks,
-        timeline_before=baseline.timeline,
-        timeline_after=found.timeline,
-        solve_seconds=seconds,
-        passes=passes,
-        tiles=trace.tiles,
-    )
-
-
-def _binding(trace: Trace, found: Simulation, budget_bytes: int | None) -> str:
-    """What the peak consists of, largest first, and whether the budget is what stops it."""
-    parts = sorted(found.by_category.items(), key=lambda part: -part[1])
-    text = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
-    limit = "nothing" if budget_bytes is None or found.peak_bytes < 0.9 * budget_bytes else f"memory at {found.peak_at}"
-    if budget_bytes is not None and budget_bytes < (weights := weight_bytes(trace)):
-        limit = f"the weights alone, {format_bytes(weights)}, are above the budget; {limit}"
-    return f"{limit} ({text})"

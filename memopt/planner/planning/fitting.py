@@ -10,7 +10,8 @@ from math import inf
 from memopt.planner.devices import HardwareLike, Rates, rates_of
 from memopt.planner.models import ModelError
 from memopt.planner.plan_file import Plan
-from memopt.planner.planning.deciding import DEFAULT_ACTIONS, estimate, plan, weight_bytes
+from memopt.planner.planning.answering import weight_bytes
+from memopt.planner.planning.deciding import DEFAULT_ACTIONS, estimate, plan
 from memopt.planner.units import parse_bytes
 from memopt.planner.values import Action, Category, Status, Trace
 from memopt.planner.variants import (

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from memopt.planner.devices import HardwareLike
 from memopt.planner.plan_file import Plan
-from memopt.planner.planning.deciding import DEFAULT_ACTIONS, plan, weight_bytes
+from memopt.planner.planning.answering import weight_bytes
+from memopt.planner.planning.deciding import DEFAULT_ACTIONS, plan
 from memopt.planner.tracing import TraceError
 from memopt.planner.values import Action, Status, Trace
 
