@@ -40,7 +40,8 @@ def plan(
         budget: bytes of the whole step on one device, as an integer or text such as ``"24GiB"``; None: no limit.
         hardware: ``"auto"`` for this machine, a name from the table, a JSON file, or a ``Hardware``.
         actions: what may be done; ``"compress"`` is lossy and so only done when named.
-        time_limit: seconds for all solves together; the best answer so far counts when they are over.
+        time_limit: seconds for all solves together; the best answer so far counts when they are over. The search for the
+            smallest budget, where nothing was found that fits, has as many of its own.
         solver: ``"cbc"`` (bundled), ``"highs"``, or PuLP's name of another.
 
     Returns:
@@ -125,7 +126,8 @@ class _Planner:
     def __init__(self, trace: Trace, rates: Rates, actions: frozenset[Action], time_limit: float, solver: str) -> None:
         self.trace, self.rates, self.actions = trace, rates, actions
         self.last, self.passes = last_pass(trace)
-        self.deadline, self.solver = time.monotonic() + check_time_limit(time_limit), solver
+        self.limit, self.solver = check_time_limit(time_limit), solver
+        self.deadline = time.monotonic() + self.limit
         self.bound_seconds: float | None = None
         self._smallest: Answer | None = None
 
@@ -190,10 +192,12 @@ class _Planner:
         return best
 
     def smallest(self) -> Answer:
-        """The policy with the smallest peak that was found."""
+        """The policy with the smallest peak that was found, with the whole time for it: so it is found again where a
+        budget is what an earlier plan has called the smallest.
+        """
         if self._smallest is not None:
             return self._smallest
-        _, solution = smallest_peak(self.problem, self.left(), self.solver)
+        _, solution = smallest_peak(self.problem, self.limit, self.solver)
         kept = simulate(self.trace, (), self.rates)
         answer = self._play(self.problem, solution)
         if kept.peak_bytes <= answer.simulation.peak_bytes:
