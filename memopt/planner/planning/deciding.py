@@ -40,8 +40,8 @@ def plan(
         budget: bytes of the whole step on one device, as an integer or text such as ``"24GiB"``; None: no limit.
         hardware: ``"auto"`` for this machine, a name from the table, a JSON file, or a ``Hardware``.
         actions: what may be done; ``"compress"`` is lossy and so only done when named.
-        time_limit: seconds for all solves together; the best answer so far counts when they are over. The search for the
-            smallest budget, where nothing was found that fits, has as many of its own.
+        time_limit: seconds for all solves together; the best answer so far counts when they are over. The search for
+            the smallest budget, where nothing was found that fits, has as many of its own.
         solver: ``"cbc"`` (bundled), ``"highs"``, or PuLP's name of another.
 
     Returns:
