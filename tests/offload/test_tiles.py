@@ -202,3 +202,24 @@ def test_wrap_runs_in_tiles_where_nothing_else_fits() -> None:
             optimizer.zero_grad()
     assert plan.tiles
     assert abs(meter.peak_bytes / plan.peak_bytes - 1) <= CLOSE
+
+
+def test_where_tiles_cannot_be_the_whole_is_the_answer() -> None:
+    """A trace in tiles that fails, or finds nothing to cut, leaves the plan of the whole step; the whole may not fail."""
+    whole, numbers = _traced(1), []
+
+    def step(number: int, fails: bool) -> memopt.planner.Trace:
+        numbers.append(number)
+        if fails and number > 1:
+            raise memopt.planner.TraceError("no tiles")
+        return whole
+
+    budget = _least(1) - 1
+    for fails in (True, False):
+        numbers.clear()
+        trace, plan = plan_in_tiles(functools.partial(step, fails=fails), budget, "cpu", time_limit=5)
+        assert numbers == [1, 8]
+        assert trace is whole
+        assert plan.status is Status.INFEASIBLE
+    with pytest.raises(memopt.planner.TraceError):
+        plan_in_tiles(functools.partial(step, fails=True), budget, "cpu", tiles=(8,))
