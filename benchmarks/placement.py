@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import memopt
-from benchmarks.results import save, text
+from benchmarks.results import save, show
 from examples.gpt import GPT, GPTConfig
 from memopt.planner import Buffer, Trace, place
 from memopt.planner.placement import find_fault, max_live, read_csv, two_levels
@@ -50,14 +48,6 @@ def main() -> None:
     show("two levels (each layer's forward and backward first) against flat", levels)
     if arguments.save:
         save("placement", "Address planning", [*rows, *levels], notes)
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table."""
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*(text(value) for value in row.values()))
-    Console(width=130).print(table)
 
 
 def instances(folder: Path | None, seeds: int, limit: float) -> Iterator[dict[str, Any]]:

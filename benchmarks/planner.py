@@ -13,11 +13,8 @@ from datetime import date
 from itertools import pairwise
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks import predictions
-from benchmarks.results import save, text
+from benchmarks.results import save, show
 from memopt.planner import Plan, Status, Trace, find_model, format_bytes, plan, trace
 from memopt.planner.baselines import BASELINES, baseline
 
@@ -139,17 +136,13 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
     options = parser.parse_args()
-    console = Console(width=130)
-    console.print(str(date.today()))
+    print(date.today())
     for name in options.part or PARTS:
         began = time.perf_counter()
         rows, note = PARTS[name](options.quick)
         seconds = time.perf_counter() - began
         title = f"planner, {name}: {note}"
-        table = Table(*rows[0], title=title)
-        for row in rows:
-            table.add_row(*(text(value) for value in row.values()))
-        console.print(table)
+        show(title, rows)
         if options.save:
             save(f"planner-{name}", title, rows, [f"python -m benchmarks.planner --part {name} ({seconds:.0f} s)"])
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memopt
-from benchmarks.results import save, text
+from benchmarks.results import save, show
 from memopt.optim import AdamW8bit
 from memopt.planner import Plan, Status
 from tests.planner import nets
@@ -126,10 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     title = "Predicted against metered peak, CPU"
     found = collect(options.quick)
-    table = Table(*found[0], title=title)
-    for row in found:
-        table.add_row(*(text(value) for value in row.values()))
-    Console(width=120).print(table)
+    show(title, found, width=120)
     if options.save:
         save("predictions", title, found, ["python -m benchmarks.predictions"])
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -53,6 +55,14 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return "" if value is None else str(value)
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]], width: int = 130) -> None:
+    """Print rows as a table under a title."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(text(value) for value in row.values()))
+    Console(width=width).print(table)
 
 
 def processor() -> str:

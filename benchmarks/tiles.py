@@ -12,11 +12,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import memopt
-from benchmarks.results import save, text
+from benchmarks.results import save, show
 from memopt.planner.models import find_model
 from memopt.planner.models.reference_models import Decoder, DecoderConfig
 from memopt.planner.variants import change
@@ -107,10 +105,7 @@ def main() -> None:
     }
     for name, (part, title) in parts.items():
         rows = part(options.quick)
-        table = Table(*rows[0], title=title)
-        for row in rows:
-            table.add_row(*(text(value) for value in row.values()))
-        Console(width=120).print(table)
+        show(title, rows)
         if options.save:
             save(f"tiles-{name}", f"tiles: {title}", rows, ["python -m benchmarks.tiles"])
 

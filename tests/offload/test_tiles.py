@@ -205,8 +205,9 @@ def test_wrap_runs_in_tiles_where_nothing_else_fits() -> None:
 
 
 def test_where_tiles_cannot_be_the_whole_is_the_answer() -> None:
-    """A trace in tiles that fails, or finds nothing to cut, leaves the plan of the whole step; the whole may not fail."""
-    whole, numbers = _traced(1), []
+    """A trace in tiles that fails, or finds nothing to cut, leaves the whole step's plan."""
+    whole = _traced(1)
+    numbers: list[int] = []
 
     def step(number: int, fails: bool) -> memopt.planner.Trace:
         numbers.append(number)
