@@ -16,7 +16,7 @@ from memopt.offload.origin import Counts
 from memopt.offload.reporting import compare
 from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.offload.models import everything, make_plan, same, step_loss
-from tests.offload.test_mixtures import _prepared
+from tests.offload.prepared import prepared
 
 
 def _mlp(width: int, dropout: float = 0.0) -> nn.Module:
@@ -166,7 +166,7 @@ def test_more_than_five_percent_off_is_said(share: float, warns: bool) -> None:
 
 
 def test_the_report_of_a_step() -> None:
-    case, model, _, batches, _, found = _prepared("gpt", 2)
+    case, model, _, batches, _, found = prepared("gpt", 2)
     actions = everything(found, Action.SWAP)
     swapped = sum(a.bytes for some in actions.values() for a in some)
     plan = make_plan(case, actions, "disk")

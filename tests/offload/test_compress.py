@@ -12,7 +12,7 @@ from memopt.offload import apply
 from memopt.offload.formats import format_named
 from memopt.planner.values import Action, StorageAction
 from tests.offload.models import CASES, Case, make_plan, mixture, run, same, step_loss, templates
-from tests.offload.test_mixtures import EXACT, _prepared
+from tests.offload.prepared import EXACT, prepared
 
 SIZES = (1, 7, 64, 255, 256, 257, 3000)
 
@@ -86,7 +86,7 @@ def _with_format(actions, format: str):
 @pytest.mark.parametrize("name", ["gpt", "gpt-autocast", "resnet", "views"])
 @pytest.mark.parametrize("format", ["8bit", "4bit"])
 def test_gradients_stay_close(name: str, format: str) -> None:
-    case, model, start, batches, _, found = _prepared(name, 1)
+    case, model, start, batches, _, found = prepared(name, 1)
 
     def gradients() -> list[torch.Tensor]:
         model.load_state_dict(start)
@@ -111,7 +111,7 @@ def test_gradients_stay_close(name: str, format: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt", "views", "resnet"])
 def test_masks_change_nothing(name: str) -> None:
-    case, model, _, batches, expected, found = _prepared(name)
+    case, model, _, batches, expected, found = prepared(name)
     plan = make_plan(case, _with_format(mixture(found, 0, (Action.COMPRESS,)), "mask"))
     with apply(model, plan):
         assert same(run(case, model, batches), expected)
@@ -147,7 +147,7 @@ def test_compressed_values_never_feed_a_replay() -> None:
 
 
 def test_mixtures_with_masks_and_exact_actions() -> None:
-    case, model, start, batches, expected, found = _prepared("gpt")
+    case, model, start, batches, expected, found = prepared("gpt")
     for seed in range(6):
         model.load_state_dict(start)
         actions = _with_format(mixture(found, seed, (*EXACT, Action.COMPRESS)), "mask")

@@ -7,29 +7,14 @@ import torch
 
 from memopt.offload import apply
 from memopt.planner.values import Action
-from tests.offload.models import CASES, everything, make_plan, mixture, parted, run, same, step_loss, templates
-
-EXACT = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
-
-
-def _prepared(name: str, steps: int = 3):
-    case = CASES[name]
-    generator = torch.Generator().manual_seed(7)
-    batches = [case.inputs(generator) for _ in range(steps)]
-    torch.manual_seed(1)
-    model = case.make()
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    expected = run(case, model, batches)
-    model.load_state_dict(start)
-    model.zero_grad()
-    found = templates(case, model, batches[0])
-    return case, model, start, batches, expected, found
+from tests.offload.models import CASES, everything, make_plan, mixture, parted, run, same, step_loss
+from tests.offload.prepared import EXACT, prepared
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("action", EXACT)
 def test_one_action_for_all(name: str, action: Action) -> None:
-    case, model, _, batches, expected, found = _prepared(name)
+    case, model, _, batches, expected, found = prepared(name)
     with apply(model, make_plan(case, everything(found, action))) as handle:
         assert same(run(case, model, batches), expected)
         assert handle.counts.whole == 0, handle.counts.reasons
@@ -38,7 +23,7 @@ def test_one_action_for_all(name: str, action: Action) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-autocast", "twice"])
 def test_random_mixtures(name: str) -> None:
-    case, model, start, batches, expected, found = _prepared(name)
+    case, model, start, batches, expected, found = prepared(name)
     for seed in range(12):
         model.load_state_dict(start)
         plan = make_plan(case, mixture(found, seed, EXACT), "disk" if seed % 3 == 0 else "host")
@@ -53,7 +38,7 @@ MODELS = ("gpt", "resnet", "t5", "llama-autocast", "views")
 @pytest.mark.parametrize("name", MODELS)
 def test_two_hundred_mixtures(name: str) -> None:
     """40 mixtures for each of 5 models, two for every step of 20 steps with dropout: all of it bitwise as without."""
-    case, model, start, batches, _, found = _prepared(name, 20)
+    case, model, start, batches, _, found = prepared(name, 20)
 
     def train(planned: bool) -> list[torch.Tensor]:
         model.load_state_dict(start)

@@ -21,8 +21,8 @@ from memopt.offload.recording import Recorder
 from memopt.offload.tiers import host
 from memopt.planner.values import Action
 from tests.offload.models import everything, make_plan, mixture, parted, run, same
-from tests.offload.test_mixtures import EXACT, _prepared
-from tests.offload.test_optimizers import _refusing
+from tests.offload.optimizer_cases import refusing
+from tests.offload.prepared import EXACT, prepared
 
 
 class Event:
@@ -97,7 +97,7 @@ def test_training_with_late_copies(room: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         host, "open_tier", lambda folder, limit: pinned.PinnedTier(limit, in_flight_bytes=room, prefetch_bytes=room)
     )
-    case, model, start, batches, expected, found = _prepared("gpt")
+    case, model, start, batches, expected, found = prepared("gpt")
     for seed in range(2):
         model.load_state_dict(start)
         plan = parted(make_plan(case, mixture(found, seed, EXACT)), found, seed)
@@ -168,7 +168,7 @@ def test_bytes_in_flight_are_limited() -> None:
 def test_pinned_memory_exhausted_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     tier = pinned.PinnedTier(20 * 2**16)
     monkeypatch.setattr(host, "open_tier", lambda folder, limit: tier)
-    case, model, start, batches, expected, found = _prepared("gpt")
+    case, model, start, batches, expected, found = prepared("gpt")
     with apply(model, make_plan(case, everything(found, Action.SWAP))):
         with pytest.raises(SwapError, match=r"swap tier host: \d+ bytes are pinned .* raise swap_limit_bytes"):
             run(case, model, batches)
@@ -239,7 +239,7 @@ def test_pages_of_optimizer_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "open_tier", lambda folder, limit: tier)
     parameters = [torch.nn.Parameter(torch.ones(1000)) for _ in range(4)]
     twins = [torch.nn.Parameter(torch.ones(1000)) for _ in range(4)]
-    paged, plain = PagedOptimizer(parameters, _refusing, bucket_bytes=4000), _refusing(twins)
+    paged, plain = PagedOptimizer(parameters, refusing, bucket_bytes=4000), refusing(twins)
     bucket, seen = 8000, []
     for optimizer in paged._optimizers:
         optimizer.register_step_pre_hook(lambda *args: seen.append(tier.ahead_bytes + tier._leaving_bytes))

@@ -19,8 +19,7 @@ from memopt.offload import PlanMismatchError, ReplayError, Reversible, Unsupport
 from memopt.offload.tiers.disk import DiskTier
 from memopt.planner.values import Action
 from tests.offload.models import CASES, Case, everything, make_plan, mixture, same, step_loss, templates
-from tests.offload.test_mixtures import EXACT
-from tests.offload.test_steps import _setup
+from tests.offload.prepared import EXACT, with_twin
 
 SMALL = GPTConfig(layers=2, width=32, heads=4, context=16, vocabulary=17)
 TOKENS = torch.randint(17, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -96,7 +95,7 @@ def test_a_planned_model_is_not_pickled_and_its_state_is_its_own(plan) -> None:
 
 
 def test_a_forward_covered_meanwhile_runs_plain_after_removal() -> None:
-    case, model, _, data, found = _setup("gpt")
+    case, model, _, data, found = with_twin("gpt")
     handle = apply(model, make_plan(case, everything(found, Action.RECOMPUTE)))
     planned = model.blocks[0].forward
     model.blocks[0].forward = lambda x: planned(x)
@@ -106,7 +105,7 @@ def test_a_forward_covered_meanwhile_runs_plain_after_removal() -> None:
 
 
 def test_removal_in_the_middle_of_forward_and_of_backward() -> None:
-    case, model, twin, data, found = _setup("gpt")
+    case, model, twin, data, found = with_twin("gpt")
     plan = make_plan(case, everything(found, Action.RECOMPUTE))
     seen: list[list[Tensor]] = []
     for module in (twin, model, model):
@@ -124,7 +123,7 @@ def test_removal_in_the_middle_of_forward_and_of_backward() -> None:
 
 
 def test_what_a_hook_inside_a_block_keeps_is_named() -> None:
-    case, model, _, data, found = _setup("gpt")
+    case, model, _, data, found = with_twin("gpt")
     kept: dict[str, Tensor] = {}
     model.blocks[1].up.register_forward_hook(lambda module, args, output: kept.update(up=output))
     with apply(model, make_plan(case, everything(found, Action.RECOMPUTE))):
@@ -135,7 +134,7 @@ def test_what_a_hook_inside_a_block_keeps_is_named() -> None:
 
 @pytest.mark.parametrize("action", EXACT)
 def test_hooks_keep_their_order(action: Action) -> None:
-    case, model, twin, data, found = _setup("gpt", batches=2)
+    case, model, twin, data, found = with_twin("gpt", batches=2)
 
     def steps(module: nn.Module) -> tuple[list[str], list[Tensor]]:
         log: list[str] = []
@@ -196,7 +195,7 @@ def test_checkpoints_inside_a_block(reentrant: bool) -> None:
 
 
 def test_gradient_scaling_under_autocast() -> None:
-    _, model, twin, data, _ = _setup("gpt")
+    _, model, twin, data, _ = with_twin("gpt")
 
     case = CASES["gpt-autocast"]
     found = templates(case, model, data[0])
@@ -216,7 +215,7 @@ def test_gradient_scaling_under_autocast() -> None:
 
 
 def test_a_model_run_by_several_threads() -> None:
-    case, model, twin, data, found = _setup("resnet")
+    case, model, twin, data, found = with_twin("resnet")
     model.eval()  # statistics of the batch would follow the order of the threads
     twin.eval()
     found = templates(case, model, data[0])

@@ -18,7 +18,7 @@ from memopt.offload.tiers import open_tier
 from memopt.offload.tiers.disk import DiskSlot
 from memopt.planner.values import Action, BlockPlan, StorageAction
 from tests.offload.models import CASES, make_plan, parted, same, step_loss, templates
-from tests.offload.test_mixtures import _prepared
+from tests.offload.prepared import prepared
 
 WIDTH, ROWS = 64, 256
 BYTES = WIDTH * ROWS * 4
@@ -107,7 +107,7 @@ def test_inputs_are_gone_between_forward_and_backward() -> None:
 @pytest.mark.parametrize("name", ["resnet", "views"])
 def test_shares_and_inputs_survive_a_retained_graph(name: str) -> None:
     """Twice over one graph; ResNet's blocks overwrite in place what they were given."""
-    case, model, start, batches, _, found = _prepared(name, 1)
+    case, model, start, batches, _, found = prepared(name, 1)
 
     def steps() -> list[Tensor]:
         model.load_state_dict(start)

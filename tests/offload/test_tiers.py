@@ -23,7 +23,7 @@ from memopt.offload.tiers import open_tier
 from memopt.offload.tiers.disk import PREFIX, DiskTier, remove_leftovers
 from memopt.planner.values import Action
 from tests.offload.models import everything, make_plan, run, same
-from tests.offload.test_mixtures import _prepared
+from tests.offload.prepared import prepared
 
 
 @pytest.mark.parametrize("name", ["host", "disk"])
@@ -73,7 +73,7 @@ def test_the_limit_is_kept_and_named(name: str, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_in_the_middle_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, model, start, batches, expected, found = _prepared("gpt")
+    case, model, start, batches, expected, found = prepared("gpt")
     handle = apply(model, make_plan(case, everything(found, Action.SWAP), "disk"), swap_folder=tmp_path)
     real, count = os.posix_fallocate, 0
 
@@ -99,7 +99,7 @@ def test_a_full_disk_in_the_middle_of_a_step(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("failing", ["pwrite", "preadv"])
 def test_a_failing_disk(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, model, _, batches, _, found = _prepared("gpt")
+    case, model, _, batches, _, found = prepared("gpt")
 
     def broken(*args: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -173,7 +173,7 @@ def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_swapped_storages_are_moved_once_however_many_tensors_share_them(tmp_path: Path) -> None:
-    case, model, _, batches, _, found = _prepared("gpt", 1)
+    case, model, _, batches, _, found = prepared("gpt", 1)
     with apply(model, make_plan(case, everything(found, Action.SWAP), "disk"), swap_folder=tmp_path) as handle:
         run(case, model, batches)
         sizes = sum(t.sizes[s] for t in found.values() for s in t.saved)
@@ -184,7 +184,7 @@ def test_swapped_storages_are_moved_once_however_many_tensors_share_them(tmp_pat
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_nothing_grows_over_many_steps(tier: str, tmp_path: Path) -> None:
-    case, model, _, batches, _, found = _prepared("gpt", 1)
+    case, model, _, batches, _, found = prepared("gpt", 1)
     from tests.offload.models import mixture
 
     actions = mixture(found, 1, (Action.KEEP, Action.SWAP, Action.RECOMPUTE))
