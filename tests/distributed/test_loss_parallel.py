@@ -14,12 +14,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from memopt.kernels.losses import contrastive_loss, dense_linear_cross_entropy, linear_cross_entropy
 from tests.distributed.ranks import run_ranks
+from tests.kernels.loss_cases import check_no_further
 
 V, H = 23, 8
 SPLIT = 9  # rank 0 holds 9 entries, rank 1 the other 14: parts need not be equal
 
 
-def vocabulary_inputs(dtype: torch.dtype, soft: bool) -> dict[str, Tensor]:
+def vocabulary_inputs(dtype: torch.dtype, soft: bool = False) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     target: Tensor = torch.randint(0, V, (3, 6), generator=generator)
     target[0, 2:4] = -100
@@ -52,7 +53,7 @@ def with_gradients(function: Any, t: dict[str, Tensor], **options: Any) -> dict[
 
 
 def vocabulary_part(rank: int, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    t = vocabulary_inputs(dtype, soft=False)
+    t = vocabulary_inputs(dtype)
     own = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
     for name in ("weight", "bias", "class_weight"):
         t[name] = t[name][own]
@@ -72,15 +73,18 @@ def vocabulary_part(rank: int, options: dict[str, Any], dtype: torch.dtype) -> d
     ids=str,
 )
 def test_vocabulary_in_parts_equals_the_whole(options: dict[str, Any], dtype: torch.dtype) -> None:
-    plain = {k: v for k, v in options.items() if k not in ("chunk_bytes", "mode", "accumulate")}
-    truth = with_gradients(dense_linear_cross_entropy, vocabulary_inputs(dtype, soft=False), **plain)
+    of_plain = {k: v for k, v in options.items() if k not in ("chunk_bytes", "mode", "accumulate")}
+    whole = vocabulary_inputs(dtype)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in whole.items()}
+    plain, truth = (with_gradients(dense_linear_cross_entropy, inputs, **of_plain) for inputs in (whole, wide))
     parts = run_ranks(vocabulary_part, 2, options, dtype)
     for name, value in truth.items():
         ours = [part[name] for part in parts]
         if name in ("weight", "bias"):
             ours = [torch.cat(ours)] * 2
         for one in ours:
-            torch.testing.assert_close(one, value.detach(), rtol=2e-5, atol=1e-5, msg=name)
+            assert one.shape == value.shape, name
+            check_no_further(name, one, plain[name].detach(), value.detach(), dtype)
 
 
 def refused(rank: int) -> str:
@@ -88,7 +92,7 @@ def refused(rank: int) -> str:
     own = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
     with pytest.raises(ValueError, match="soft targets") as caught:
         linear_cross_entropy(t["hidden"], t["weight"][own], t["target"][..., own], process_group=dist.group.WORLD)
-    t = vocabulary_inputs(torch.float32, soft=False)
+    t = vocabulary_inputs(torch.float32)
     with pytest.raises(ValueError, match="outside the vocabulary of 23 entries"):
         linear_cross_entropy(t["hidden"], t["weight"][own], t["target"].abs() + 5, process_group=dist.group.WORLD)
     weight = distribute_tensor(t["weight"], init_device_mesh("cpu", (2,)), [Shard(0)])
@@ -121,18 +125,22 @@ def contrastive_part(rank: int, ranks: int, dtype: torch.dtype) -> list[Tensor]:
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.float64)], ids=str)
-def test_pairs_meet_round_the_ring(ranks: int, dtype: torch.dtype) -> None:
-    q, k, scale = (t.requires_grad_() for t in pair_inputs(dtype))
+def contrastive_plain(dtype: torch.dtype, compute_in: torch.dtype) -> list[Tensor]:
+    q, k, scale = (t.to(compute_in).requires_grad_() for t in pair_inputs(dtype))
     z = scale * (q @ k.t())
     loss = (F.cross_entropy(z, torch.arange(10)) + F.cross_entropy(z.t(), torch.arange(10))) / 2
     (2 * loss).backward()
+    return [loss.detach(), q.grad, k.grad, scale.grad]
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.float64)], ids=str)
+def test_pairs_meet_round_the_ring(ranks: int, dtype: torch.dtype) -> None:
     parts = run_ranks(contrastive_part, ranks, ranks, dtype)
-    for part in parts:
-        torch.testing.assert_close(part[0], loss.detach())
-    torch.testing.assert_close(torch.cat([part[1] for part in parts]), q.grad)
-    torch.testing.assert_close(torch.cat([part[2] for part in parts]), k.grad)
-    torch.testing.assert_close(sum(part[3] for part in parts), scale.grad)
+    assert all(torch.equal(part[0], parts[0][0]) for part in parts)
+    ours = [parts[0][0], *(torch.cat([part[n] for part in parts]) for n in (1, 2)), sum(part[3] for part in parts)]
+    plain, truth = contrastive_plain(dtype, dtype), contrastive_plain(dtype, torch.float64)
+    for name, *values in zip(("loss", "queries", "keys", "scale"), ours, plain, truth, strict=True):
+        check_no_further(name, *values, dtype)
 
 
 def widths_differ(rank: int) -> str:

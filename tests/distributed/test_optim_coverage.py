@@ -14,8 +14,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memopt.optim import AdamW, BlockCoordinate, LowRankDCT, Split
+from tests.closeness import InDouble, check_as_exact
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training import assert_bitwise, assert_close, made, run, whole
+from tests.distributed.training import assert_bitwise, made, run, whole
+from tests.kernels.loss_cases import error
 
 OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "blocks": (BlockCoordinate, {"switch_every": 2, "order": "random"}),
@@ -31,11 +33,14 @@ def build(model: nn.Module, name: str, base: Any, **more: Any) -> Any:
     return kind(model, base, **{"lr": 1e-2, **options, **more})
 
 
-def trained(rank: int, wrapper: str, name: str, dtype: torch.dtype, steps: int) -> tuple[dict[str, Tensor], list[int]]:
-    module, model = made(wrapper, dtype, **({"find_unused_parameters": True} if wrapper == "ddp" else {}))
+def trained(rank: int, wrapper: str, name: str, shares: int = 1) -> tuple[dict[str, Tensor], list[int]]:
+    """Parameters after eight steps, and the blocks in the order of their visits."""
+    module, model = made(wrapper, **({"find_unused_parameters": True} if wrapper == "ddp" else {}))
     more: dict[str, Any] = {"process_group": dist.group.WORLD} if wrapper == "group" else {}
+    # What an update makes of gradients near zero must not hang on their last bits: they differ with the order of sums.
+    more["eps"] = 1e-4
     if name.startswith("split"):
-        more["rest"] = "sgd"  # signs of gradients near zero differ with the order of sums
+        more["rest"] = "sgd"
     optimizer = build(model, name, torch.optim.AdamW, **more)
     visited: list[int] = []
 
@@ -43,35 +48,50 @@ def trained(rank: int, wrapper: str, name: str, dtype: torch.dtype, steps: int) 
         if isinstance(optimizer, BlockCoordinate):
             visited.append(optimizer.blocks.index(optimizer.active_block))
 
-    run(module, optimizer, range(steps), note)
+    run(module, optimizer, range(8), note, shares)
     return whole(model), visited
+
+
+def check_follows(got: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:
+    """No further from one rank's run than that is from a run on one rank that adds up two ranks' sums."""
+    in_shares, _ = trained(0, "plain", name, shares=2)
+    check_as_exact(got, in_shares, {key: value.double() for key, value in expected.items()})
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_fsdp_follows_the_run_on_one_rank(name: str) -> None:
-    expected, visits = trained(0, "plain", name, torch.float32, 8)
-    for got, visited in run_ranks(trained, 2, "fsdp", name, torch.float32, 8):
+    expected, visits = trained(0, "plain", name)
+    for got, visited in run_ranks(trained, 2, "fsdp", name):
         assert visited == visits
-        assert_close(got, expected, 1e-3, 1e-4)
+        check_follows(got, expected, name)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "group"])
 @pytest.mark.parametrize("name", ["blocks", "greedy"])
 def test_block_coordinate_with_replicas_follows_the_run_on_one_rank(name: str, wrapper: str) -> None:
-    expected, visits = trained(0, "plain", name, torch.float32, 8)
-    answers = run_ranks(trained, 2, wrapper, name, torch.float32, 8)
+    expected, visits = trained(0, "plain", name)
+    answers = run_ranks(trained, 2, wrapper, name)
     for got, visited in answers:
-        if name == "blocks":
-            assert visited == visits
-            assert_close(got, expected, 1e-3, 1e-4)
-    assert answers[0][1] == answers[1][1]
+        assert visited == visits
+        check_follows(got, expected, name)
     assert_bitwise(answers[0][0], answers[1][0])
 
 
+def in_bf16(rank: int, wrapper: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Trained from weights that bfloat16 can hold, in ``dtype``."""
+    module, model = made(wrapper, torch.bfloat16)
+    if dtype != torch.bfloat16:
+        model.to(dtype)
+    run(module, build(model, "blocks", torch.optim.AdamW), range(6))
+    return whole(model)
+
+
 def test_bf16_masters_under_fsdp() -> None:
-    expected, _ = trained(0, "plain", "blocks", torch.bfloat16, 6)
-    for got, _ in run_ranks(trained, 2, "fsdp", "blocks", torch.bfloat16, 6):
-        assert_close(got, expected, 0.05, 0.03)
+    plain = in_bf16(0, "plain", torch.bfloat16)
+    with InDouble():
+        truth = in_bf16(0, "plain", torch.float64)
+    for got in run_ranks(in_bf16, 2, "fsdp", torch.bfloat16):
+        check_as_exact(got, plain, truth)
 
 
 def give(model: nn.Module, step: int) -> None:
@@ -151,7 +171,10 @@ def test_checkpoints_continue_the_cycle_on_another_number_of_ranks(
     _, model = made("plain", dtype)
     expected = advance(model, build(model, name, base), range(10))
     for got in run_ranks(resume, after, str(tmp_path), name, base, dtype, at):
-        if name == "low rank":  # sums over ranks and matrix products of parts round differently
-            assert_close(got, expected, 1e-3, 2e-3)
+        if name == "low rank":
+            # Sums over ranks and matrix products of parts round differently, but an update far below its parameter
+            # hardly shows it: what does is that each of the ten steps rounds every parameter once, in both runs.
+            for key, value in expected.items():
+                assert error(got[key], value.double()) <= 10 * torch.finfo(dtype).eps, key
         else:
             assert_bitwise(got, expected)

@@ -23,8 +23,10 @@ def batch(step: int, rank: int, world_size: int, per_rank: int = 2) -> Tensor:
     return tokens.chunk(world_size)[rank]
 
 
-def loss_of(model: nn.Module, step: int) -> Tensor:
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def loss_of(model: nn.Module, step: int, share: tuple[int, int] | None = None) -> Tensor:
+    """The loss of this rank's share of the step, or of another: ``share`` is a rank and the number of ranks."""
+    own = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = own if share is None else share
     tokens = batch(step, rank, world_size)
     return nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
@@ -44,9 +46,15 @@ def run(
     optimizer: torch.optim.Optimizer,
     steps: Iterable[int],
     after: Callable[[int], None] | None = None,
+    shares: int = 1,
 ) -> None:
+    """Train; one rank with several ``shares`` adds up what as many ranks would."""
     for step in steps:
-        loss_of(module, step).backward()
+        if shares == 1:
+            loss_of(module, step).backward()
+        else:
+            for n in range(shares):
+                (loss_of(module, step, (n, shares)) / shares).backward()
         optimizer.step()
         optimizer.zero_grad()
         if after is not None:
@@ -58,13 +66,6 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
     }
-
-
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float) -> None:
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def assert_bitwise(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -1,0 +1,62 @@
+"""How close two computations of one thing must be: no further from float64 than the plain one is, but for luck."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.kernels.loss_cases import error, ratio_limit
+
+LUCK = 2.0  # two runs that round at like places have errors of one size; the plain one's may be the smaller by luck
+
+
+def check_as_exact(
+    found: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor], luck: float = LUCK
+) -> None:
+    """Each tensor's relative error in norm is at most the plain one's, but for luck and the roundings at its own end.
+
+    Luck is ``luck`` or, where few elements carry the error, what chance makes of so few (``ratio_limit``). The
+    roundings are two in the plain result's dtype: the last sum and the store.
+    """
+    assert found.keys() == plain.keys() == truth.keys()
+    far = {}
+    for name, value in found.items():
+        assert truth[name].dtype == torch.float64, name
+        own, usual = error(value, truth[name]), error(plain[name], truth[name])
+        limit = max(luck, ratio_limit(value, plain[name], truth[name]))
+        if not own <= limit * usual + 2 * torch.finfo(plain[name].dtype).eps:
+            far[name] = (own, usual)
+    assert far == {}
+
+
+def check_losses_as_exact(found: Sequence[float], plain: Sequence[float], truth: Sequence[float]) -> None:
+    """The same for float32 losses of consecutive steps.
+
+    One loss may hit the truth by chance, so the yardstick is the plain run's worst relative error so far; each loss is
+    a sum whose own roundings in float32 are granted: four.
+    """
+    assert len(found) == len(plain) == len(truth) > 0
+    worst = 0.0
+    for step, (ours, usual, exact) in enumerate(zip(found, plain, truth, strict=True)):
+        worst = max(worst, abs(usual / exact - 1))
+        allowed = LUCK * worst + 4 * torch.finfo(torch.float32).eps
+        assert abs(ours / exact - 1) <= allowed, (step, ours, usual, exact)
+
+
+class InDouble(TorchFunctionMode):
+    """Runs a model in float64 whose code turns to float32 in places; random numbers stay those of float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves((args, kwargs))):
+            if func is Tensor.float:
+                return args[0]
+            if func is Tensor.uniform_:
+                return args[0].copy_(torch.empty(args[0].shape).uniform_(*args[1:], **kwargs))
+            args, kwargs = tree_map(lambda leaf: torch.float64 if leaf is torch.float32 else leaf, (args, kwargs))
+        return func(*args, **kwargs)
