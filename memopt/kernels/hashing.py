@@ -18,7 +18,7 @@ from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
-GOLDEN32, M1 = 0x9E3779B1, 0x85EBCA6B
+GOLDEN32, M1 = 0x9E3779B1, 0x4DAD971D
 GOLDEN64 = 0x9E3779B97F4A7C15
 
 
@@ -85,5 +85,4 @@ def words(
         keys[high == value] = row_key(base, value << 32, draw)
     h = ((starts & MASK32) + column + torch.arange(row_length, device=device)) & MASK32
     h = (h * GOLDEN32 + keys) & MASK32
-    h = ((h ^ (h >> 16)) * M1) & MASK32
-    return h ^ (h >> 15)
+    return ((h ^ (h >> 14)) * M1) & MASK32

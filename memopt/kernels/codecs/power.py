@@ -9,9 +9,11 @@ root4  8        k - 1, k = 1 .. 256              (k / 256)**4
 sqrt   4        k - 1, k = 1 .. 16               (k / 16)**2
 ====== ======== ================================ ============================
 
-In the domain ``a = |x| N**p / scale``, or a power of two times that, the values are whole powers k**p, so neighbours
-and midpoints are (nearly) exact. An estimate of the root gives the cell between two values; the end of it to take is
-decided by comparing a with a turn between the two, so that errors of the estimate hardly matter. The unsigned maps have
+In the domain ``|x| N**p / scale``, or a power of two times that, the values are whole powers k**p, so neighbours and
+midpoints are (nearly) exact. An estimate of the root gives the cell between two values; the end of it to take is
+decided by comparing with a turn between the two. The cell is that of the turn next to the number: where the estimate
+leads to another one, the number lies between its turn and the right one, which both give the same code, so errors of
+the estimate hardly matter. The unsigned maps have
 no zero: a second moment in a block that is not all zero never decodes to 0, which would make Adam's update explode.
 Below the first code the value rounds up to it.
 """
@@ -62,12 +64,13 @@ class UnsignedSquare(Codec):
         return self.last**2 / 4
 
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
-        a = _above_first(x * inverse, 0.25, None if noise is not None else self.unit)
+        a = _within(x, inverse, -0.0625, 0.25, None if noise is not None else self.unit)
         # Halves, rounded to multiples of a half: k is a half of the cell's number, h a half of its middle, H / 4 with H
-        # odd. Four times the turn in a is H**2 + 1 + 4 noise H; what is compared are quarters of that.
-        k = km.rough_sqrt(a) + (_HALVES - 0.25)
+        # odd. Four times the turn in x is H**2 + 1 + 4 noise H; what is compared are quarters of that, less 1 / 16.
+        root = km.rough_sqrt(a)
+        k = (root if noise is None else km.fma(noise, -0.5, root)) + (_HALVES - 0.25)
         h = k - (_HALVES - 0.25)
-        return km.step_down(k, km.fma(-h, h if noise is None else h + noise, a - 0.0625))
+        return km.step_down(k, km.fma(-h, h if noise is None else h + noise, a))
 
     def decode(self, code: Any, scale: Any) -> Any:
         cell = km.sqrt(scale) * (1.0 / self.last)
@@ -90,17 +93,15 @@ class FourthRoot(Codec):
         return self.last**4 / 256
 
     def encode(self, x: Any, inverse: Any, noise: Any | None) -> Any:
-        a = _above_first(x * inverse, 2.0**-8, None if noise is not None else self.unit)
+        a = _within(x, inverse, 2.0**-10, 2.0**-8, None if noise is not None else self.unit)
         # As above with quarters: h = H / 8. Sixteen times the turn, plus 4, is (H**2 + 1) (H**2 + 5 + 8 noise H), as
-        # (k**4 + (k+1)**4) / 2 = (H**4 + 6 H**2 + 1) / 16 and (k+1)**4 - k**4 = H (H**2 + 1) / 2. The cell is that of
-        # the turn next to a: where the estimate leads to another one, a lies between its turn and the right one, which
-        # both give the same code.
+        # (k**4 + (k+1)**4) / 2 = (H**4 + 6 H**2 + 1) / 16 and (k+1)**4 - k**4 = H (H**2 + 1) / 2.
         root = km.root4(a)
         k = (root if noise is None else km.fma(noise, -0.25, root)) + (_QUARTERS - 0.125)
         h = k - (_QUARTERS - 0.125)
         r = km.fma(h, h, 2.0**-6)
         other = r + 0.0625
-        return km.step_down(k, km.fma(-r, other if noise is None else km.fma(noise, h, other), a + 2.0**-10))
+        return km.step_down(k, km.fma(-r, other if noise is None else km.fma(noise, h, other), a))
 
     def decode(self, code: Any, scale: Any) -> Any:
         cell = km.sqrt(km.sqrt(scale)) * (1.0 / self.last)
@@ -113,10 +114,10 @@ class FourthRoot(Codec):
 _HALVES, _QUARTERS = 2.0**22, 2.0**21
 
 
-def _above_first(a: Any, first: float, last: float | None) -> Any:
-    """``a`` above every turn below the first value, and not above the last."""
-    a = km.maximum(a, first * (1.0 + 2.0**-20))
-    return a if last is None else km.minimum(a, last)
+def _within(x: Any, inverse: Any, shift: float, first: float, last: float | None) -> Any:
+    """``x * inverse`` above every turn below the first value and not above the last, all of it shifted."""
+    a = km.maximum(km.fma(x, inverse, shift), first * (1.0 + 2.0**-20) + shift)
+    return a if last is None else km.minimum(a, last + shift)
 
 
 def _nearest_root(a: Any, last: int) -> Any:

@@ -59,8 +59,7 @@ def random_words(base, row_start, place, draw: tl.constexpr):
     start = row_start.to(tl.uint64)
     key = mix64(base[None, :] ^ ((start >> 32) * 2 + 1 + (draw << 33)))
     h = (start.to(tl.uint32) + place.to(tl.uint32)) * 0x9E3779B1 + (key >> 32).to(tl.uint32)
-    h = (h ^ (h >> 16)) * 0x85EBCA6B
-    return h ^ (h >> 15)
+    return (h ^ (h >> 14)) * 0x4DAD971D
 
 
 @triton.jit

@@ -201,23 +201,15 @@ struct Words {
     inline __attribute__((always_inline)) Words(uint32_t key, uint32_t first)
         : at(lanes() * splat_u(0x9E3779B1u) + splat_u(first * 0x9E3779B1u + key)) {}
     inline __attribute__((always_inline)) vu next() {
-        vu h = (at ^ (at >> 16)) * splat_u(0x85EBCA6Bu);
+        vu h = (at ^ (at >> 14)) * splat_u(0x4DAD971Du);
         at = at + splat_u(W * 0x9E3779B1u);
-        return h ^ (h >> 15);
+        return h;
     }
 };
-// the upper 23 bits as a number in [1, 2)
-INLINE vf upper_fraction(vu word) {
-#if MEMOPT_AVX512 && defined(__AVX512VBMI2__)
-    return (vf)_mm512_shrdi_epi32((__m512i)word, _mm512_set1_epi32(0x7f), 9);
-#else
-    return as_f((word >> 9) | splat_u(0x3f800000u));
-#endif
-}
 // the noise of a slot, in [-1/2, 1/2), and its 16 bits
 INLINE vf noise_of(vu word, int slot) {
-    if (slot % 2) return upper_fraction(word) - splat(1.5f);
-    return as_f((word & splat_u(0x7fffffu)) | splat_u(0x3f800000u)) - splat(1.5f);
+    vu fraction = slot % 2 ? word >> 9 : word & splat_u(0x7fffffu);
+    return as_f(fraction | splat_u(0x3f800000u)) - splat(1.5f);
 }
 INLINE vu half_of(vu word, int slot) { return slot % 2 ? word >> 16 : word & splat_u(0xffffu); }
 
