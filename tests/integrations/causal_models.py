@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tests.closeness import InDouble
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -84,6 +87,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def exact_loss(model: nn.Module) -> float:
+    """The loss of the one batch, in float64."""
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad(), InDouble():
+        return exact(input_ids=TOKENS, labels=LABELS).loss.item()
 
 
 class NoLogits(TorchDispatchMode):
