@@ -29,7 +29,7 @@ class Batch:
         params: the optimizer's parameters.
         slots: how they are updated: a slot may hold a gathered copy of a sharded parameter.
         grads: one gradient per slot.
-        repeated: whether the batch has served a step before: it is then worth while to prepare its passes.
+        lasting: whether the batch is kept for further steps: it is then worth while to prepare its passes.
         guard: what the kernels read on the device of a ``GradScaler``, where the host does not.
         started: whether one of the states starts with this step.
     """
@@ -40,7 +40,7 @@ class Batch:
     params: list[Tensor] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    repeated: bool = False
+    lasting: bool = False
     guard: Tensor | None = None
     started: bool = False
     _singles: list[Batch] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Batch:
                 for param, slot in zip(self.params, self.slots, strict=True)
             ]
         for one, grad in zip(self._singles, self.grads, strict=True):
-            one.group, one.step, one.grad_scale, one.repeated = self.group, self.step, self.grad_scale, self.repeated
+            one.group, one.step, one.grad_scale, one.lasting = self.group, self.step, self.grad_scale, self.lasting
             one.grads = [grad]
         return self._singles
 
@@ -85,7 +85,7 @@ class Batch:
         Returns:
             The update's reductions by name, fp32, one number per slot.
         """
-        kept_by, lasting = self.slots[0].format, self.repeated and grads is None and given is None
+        kept_by, lasting = self.slots[0].format, self.lasting and grads is None and given is None
         given = {} if given is None else dict(given)
         rounding = self.group["param_rounding"]
         if rounding == "kahan":

@@ -39,7 +39,7 @@ class _Kept:
             steps.append(step + 1)
         for batch, index, step in zip(self.batches, self.groups, steps, strict=True):
             batch.group = group = optimizer.param_groups[index]
-            batch.step, batch.grad_scale, batch.repeated = step, optimizer.grad_factor(group), True
+            batch.step, batch.grad_scale = step, optimizer.grad_factor(group)
             batch.started = False
             batch.grads = [param.grad for param in batch.params]  # type: ignore[misc]
         return True
@@ -76,6 +76,8 @@ class Gathering:
         if len(self._kept) > 2 * len(key) + 8:
             self._kept.clear()
         if lasting:
+            for batch in batches:
+                batch.lasting = True
             self._kept[key] = _Kept(facts, batches, groups)
         else:
             self._kept.pop(key, None)

@@ -23,7 +23,8 @@ Shape = tuple[int, ...]
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor (no import of torch.distributed.tensor where none is used)."""
-    return dist.is_available() and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter  # the attributes it lacks are slow to look up
+    return not plain and dist.is_available() and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
 
 
 def local_of(tensor: Tensor) -> Tensor:
