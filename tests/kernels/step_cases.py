@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +177,41 @@ def check_state(ours: Tensor | Quantized, oracle: Tensor | Quantized, roundings:
         least = max(SMALLEST, info.eps * info.smallest_normal)
         rtol = one_place + 2 * roundings * ROUNDING
         torch.testing.assert_close(ours, oracle, rtol=rtol, atol=least, equal_nan=True)
+
+
+def first_step_bounds(p: Tensor, g: Tensor, s: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """Between which numbers a first step of ``ADAMW`` leaves the parameters, float64, whatever it rounds on the way.
+
+    Products, moments and eps are each off by some roundings, or by units of the smallest number where they are tiny.
+    """
+    moment, root = (1 - s["beta1"]) * g.double().abs(), (1 - s["beta2"]) * g.double() ** 2
+    share = 16 * ROUNDING
+    above = s["lr_hat"] * (moment + SMALLEST) * (1 + share) + SMALLEST
+    below = (s["lr_hat"] * (moment - SMALLEST) * (1 - share) - SMALLEST).clamp(min=0)
+    most = ((root + SMALLEST).sqrt() + s["eps"]) * (1 + share) + SMALLEST
+    least = (((root - SMALLEST).clamp(min=0).sqrt() + s["eps"]) * (1 - share) - SMALLEST).clamp(min=0)
+    kept, sign = p.double() * (1 - s["lr"] * s["decay"]), g.double().sign()
+    ends = torch.stack([kept - sign * below / most, kept - sign * above / least])
+    slack = 6 * ROUNDING * (kept.abs() + ends.abs().amax(0)) + SMALLEST
+    return ends.amin(0) - slack, ends.amax(0) + slack
+
+
+def check_against_truth(state: Tensor | Quantized, truth: Tensor, where: Tensor) -> None:
+    """A moment is some roundings and units of the smallest number off, or one of the two codes beside such a one, which
+    decodes with up to 14 roundings (see ``brute_force_excess``)."""
+    low, high = (truth.abs() * (1 - 8 * ROUNDING) - SMALLEST).clamp(min=0), truth.abs() * (1 + 8 * ROUNDING) + SMALLEST
+    found = value(state).abs()
+    if isinstance(state, Quantized):
+        assert state.scales.isfinite().all()
+        scales = state.scales.reshape(-1, state.scales.shape[-1])[:, state.codec.blocks(state.shape).index()]
+        scale = scales.reshape(state.shape).double()
+        levels = state.codec.values().double().abs().unique()
+        least, most = scale * (1 - 8 * ROUNDING) - SMALLEST, scale * (1 + 8 * ROUNDING) + SMALLEST
+        below = torch.searchsorted(levels, torch.where(most > 0, low / most, 0.0), right=True) - 1
+        above = torch.searchsorted(levels, torch.where(least > 0, high / least, torch.inf))
+        decoded = levels[below.clamp(min=0)] * scale, levels[above.clamp(max=len(levels) - 1)] * scale
+        low, high = decoded[0] * (1 - 16 * ROUNDING) - SMALLEST, decoded[1] * (1 + 16 * ROUNDING) + SMALLEST
+    assert ((low <= found) & (found <= high))[where].all()
 
 
 def requantized(x: Tensor, name: str, **options: Any) -> Quantized:

@@ -7,19 +7,36 @@ from collections.abc import Mapping, Sequence
 from memopt.kernels.expr import Expr, make
 
 
-def rewritten(node: Expr, made: dict[Expr, Expr]) -> Expr:
+def rewritten(node: Expr, made: dict[Expr, Expr], positive: list[Expr] | None = None) -> Expr:
     """A copy of a graph in which the host multiplies the uniform factors of each product; itself where nothing changes.
 
     Args:
         node: the graph's root.
         made: what stands in place of which node; copies are added.
+        positive: where given, roots and quotients pass factors on too; uniform numbers that must be above 0 for that
+            are added to it.
     """
     if node not in made:
-        args = tuple(rewritten(arg, made) for arg in node.args)
+        args = tuple(rewritten(arg, made, positive) for arg in node.args)
         same = all(a is b for a, b in zip(args, node.args, strict=True))
         copy = node if same else make(node.op, *args, name=node.name)
-        made[node] = _gathered(copy) if _scaled(copy) else copy
+        if _scaled(copy):
+            copy = _gathered(copy)
+        elif positive is not None:
+            copy = _passed_on(copy, positive)
+        made[node] = copy
     return made[node]
+
+
+def unit_of(state: Expr, product: Expr) -> tuple[Expr, Expr] | None:
+    """A new state ``product + u * rest``: the uniform number u and the rest; None where it is none.
+
+    The new state over u takes a product less, and the scale of its codes can be multiplied by u instead.
+    """
+    if state.op != "add" or product not in state.args:
+        return None
+    left, right = state.args
+    return _split(right if left is product else left)
 
 
 def scaled_uses(roots: Sequence[Expr], inputs: Mapping[Expr, int]) -> dict[int, Expr]:
@@ -49,6 +66,39 @@ def uniform_factor(product: Expr) -> Expr:
     """The uniform one of a product's two factors."""
     left, right = product.args
     return left if left.uniform else right
+
+
+def _passed_on(node: Expr, positive: list[Expr]) -> Expr:
+    """sqrt(x * u) as sqrt(x) * sqrt(u), and (x * u) / (y * v + w) as x / (y * (v / u) + w / u)."""
+    inner = None if node.uniform or node.op not in ("sqrt", "div") else _split(node.args[0])
+    if inner is None:
+        return node
+    number, rest = inner
+    if node.op == "sqrt":
+        positive.append(number)
+        return make("sqrt", rest) * make("sqrt", number)
+    denominator = node.args[1]
+    if denominator.op != "add" or not denominator.args[1].uniform or not _scaled(denominator.args[0]):
+        return node
+    product, offset = denominator.args
+    factor = uniform_factor(product)
+    element = next(arg for arg in product.args if arg is not factor)
+    positive.append(number)
+    return rest / (element * (factor / number) + offset / number)
+
+
+def _split(product: Expr) -> tuple[Expr, Expr] | None:
+    """A product's uniform factor and what is left of it."""
+    if product.op != "mul" or product.uniform:
+        return None
+    left, right = product.args
+    if left.uniform or right.uniform:
+        return (left, right) if left.uniform else (right, left)
+    for one, other in ((left, right), (right, left)):
+        found = _split(one)
+        if found is not None:
+            return found[0], found[1] * other if one is left else other * found[1]
+    return None
 
 
 def _scaled(node: Expr) -> bool:

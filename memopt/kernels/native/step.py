@@ -14,26 +14,25 @@ from torch import Tensor
 
 from memopt import native_build
 from memopt.kernels import hashing, step_torch
-from memopt.kernels.expr import Expr
 from memopt.kernels.native.cpp import evaluate
 from memopt.kernels.native.step_kind import StepKind
-from memopt.kernels.native.step_source import step_source
+from memopt.kernels.native.step_source import StepSource, step_source
 from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest, Stored, mark_written
 
 _Types = tuple[torch.dtype, torch.dtype, tuple[Any, ...]]
 FLAGS = ("-fschedule-insns", "-falign-loops=64")  # what waits for each other stands further apart; loops begin a line
+_SMALL = 2.0**-64  # numbers that others are divided by keep as far from 0 and infinity
 _GRAD = 6  # the place of the gradient's address in a row of the table
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A compiled step, with the expressions for its numbers; those at ``gains`` must not be negative."""
+    """A compiled step and its source, which has the expressions for its numbers."""
 
     kind: StepKind
     function: Callable[..., None]
-    uniforms: list[Expr]
-    gains: tuple[int, ...]
+    source: StepSource
 
 
 def run(request: StepRequest) -> dict[str, Tensor]:
@@ -155,8 +154,8 @@ def _kernel(kind: StepKind) -> _Kernel | None:
 @functools.lru_cache(maxsize=256)
 def _built(kind: StepKind, flags: tuple[str, ...]) -> _Kernel | None:
     """The kernel of a kind; ``flags`` are those in force, which the user may change between steps."""
-    source, uniforms, gains = step_source(kind)
-    library = native_build.build(f"step-{kind.update.name}", source, FLAGS)
+    source = step_source(kind)
+    library = native_build.build(f"step-{kind.update.name}", source.text, FLAGS)
     if library is None:
         return None
     function = library.run
@@ -169,14 +168,14 @@ def _built(kind: StepKind, flags: tuple[str, ...]) -> _Kernel | None:
         ctypes.c_int,
     ]
     function.restype = None
-    return _Kernel(kind, function, uniforms, tuple(gains.values()))
+    return _Kernel(kind, function, source)
 
 
 def _call(
     kernel: _Kernel, table: array[int], count: int, scalars: Mapping[str, float], key: int, reductions: int
 ) -> Tensor:
-    values = array("f", [evaluate(u, scalars) for u in kernel.uniforms] or [0.0])
-    if any(values[i] < 0 for i in kernel.gains):
+    values = _numbers(kernel.source, scalars)
+    if values is None:
         other = _kernel(replace(kernel.kind, scaled=False))
         assert other is not None  # this machine has compiled the first one
         return _call(other, table, count, scalars, key, reductions)
@@ -185,6 +184,14 @@ def _call(
         table.buffer_info()[0], count, values.buffer_info()[0], sums.data_ptr(), key, native_build.threads()
     )
     return sums
+
+
+def _numbers(source: StepSource, scalars: Mapping[str, float]) -> array[float] | None:
+    """The values of a step's uniform expressions; None where they are not what it was made for."""
+    if not all(_SMALL < evaluate(number, scalars) < 1 / _SMALL for number in source.positive):
+        return None
+    values = array("f", [evaluate(number, scalars) for number in source.uniforms] or [0.0])
+    return None if any(values[i] < 0 for i in source.gains) else values
 
 
 def _row(request: StepRequest, i: int) -> list[int]:

@@ -97,7 +97,8 @@ class Blocks(Parts):
         return lines
 
     def _write_scales(self, j: int) -> list[str]:
-        return self._each_block(j, self._codec(j), [f"scales{j}[block{j} + k] = fresh{j}[k];"])
+        fresh = f"fresh{j}[k] * uniforms[{self.units[j]}]" if j in self.units else f"fresh{j}[k]"
+        return self._each_block(j, self._codec(j), [f"scales{j}[block{j} + k] = {fresh};"])
 
     def _close_again(self, j: int) -> list[str]:
         """The scales of blocks whose values have been changed."""

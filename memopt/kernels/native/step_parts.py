@@ -26,6 +26,7 @@ class Parts:
     uniforms: int
     scale_parts: dict[int, list[str]]
     gains: dict[int, int]  # the number in ``U`` that a state is decoded times
+    units: dict[int, int]  # the number in ``U`` that a new state is still to be multiplied by
 
     @property
     def late_stages(self) -> Stages | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, element, scalar
 from memopt.kernels.native.cpp import Printer, codec_functions, has_factors, header, literal, read, stage_functions
-from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor
+from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor, unit_of
 from memopt.kernels.native.stages import Stages
 from memopt.kernels.native.step_body import Body
 from memopt.kernels.native.step_kind import StepKind
@@ -17,9 +18,26 @@ from memopt.kernels.native.step_kind import StepKind
 TILE = 512  # elements whose new states wait in buffers at once; with 1024 the first cache loses what was prefetched
 
 
-def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
-    """The source, the uniform expressions whose values go into its array ``U``, and for states the number in ``U`` that
-    they are decoded times."""
+@dataclass(frozen=True)
+class StepSource:
+    """A step's source.
+
+    ``uniforms`` go into its array ``U``; those at ``gains`` must not be negative, and what is ``positive`` must be
+    above 0.
+    """
+
+    text: str
+    uniforms: list[Expr]
+    gains: tuple[int, ...]
+    positive: tuple[Expr, ...]
+
+
+def step_source(kind: StepKind) -> StepSource:
+    """The step of a kind.
+
+    Where numbers may be moved between factors (``kind.scaled``), a state is decoded times what the rule multiplies it
+    by, and computed in units of what the rule multiplies all the rest by: only scales of blocks are multiplied.
+    """
     count, update = len(kind.stored), kind.update
     inputs = tuple(element(f"s{j}") for j in range(count))
     p, g = element("p"), element("g")
@@ -30,10 +48,18 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
     made: dict[Expr, Expr] = {}
     new_p, *others = (rewritten(root, made) for root in (new_p, *states, *sums))
     gains = _decoded_times(kind, [new_p, *others], inputs) if kind.scaled else {}
-    first.uniforms += [uniform_factor(product) for product in gains.values()]
+    found = {j: unit_of(others[j], product) for j, product in gains.items()}
+    units = {j: unit for j, unit in found.items() if unit is not None}
+    positive = [unit for unit, _ in units.values()]
+    checked = positive if kind.scaled else None
+    factors = {j: uniform_factor(product) for j, product in gains.items()}
+    first.uniforms += [number / units[j][0] if j in units else number for j, number in factors.items()]
+    first.uniforms += positive
     made = {product: _decoded(kind, j) for j, product in gains.items()}
-    new_p, *others = (rewritten(root, made) for root in (new_p, *others))
-    states, sums = tuple(others[:count]), tuple(others[count:])
+    fresh = {j: rewritten(gains[j] + rest, made, checked) for j, (_, rest) in units.items()}
+    made |= {others[j]: fresh[j] * unit for j, (unit, _) in units.items()}
+    new_p, *others = (rewritten(root, made, checked) for root in (new_p, *others))
+    states, sums = tuple(fresh.get(j, new) for j, new in enumerate(others[:count])), tuple(others[count:])
     stored = {states[j]: f"n{j}" for j in written if j in kind.quantised}
     late = new_p is not p and not sums and bool(stored) and _leaves(new_p, stored) <= {"p", "g"}
     names = first.print(*[states[j] for j in written], *([new_p] if new_p is not p and not late else []), *sums)
@@ -41,6 +67,7 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
     param_name = second.print(new_p)[0] if late else "" if new_p is p else names[len(written)]
 
     gain_at = {j: at for at, j in enumerate(gains)}
+    unit_at = {j: len(gains) + at for at, j in enumerate(units)}
     blocks = [s.block for s in kind.stored if isinstance(s, Codec)]
     unit = math.lcm(*blocks) if blocks else TILE
     tile = unit * -(-TILE // unit)
@@ -74,9 +101,10 @@ def step_source(kind: StepKind) -> tuple[str, list[Expr], dict[int, int]]:
         len(first.uniforms),
         scale_parts,
         gain_at,
+        unit_at,
     )
     parts.append(body.function())
-    return "".join(parts), first.uniforms, gain_at
+    return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive))
 
 
 def _decoded_times(kind: StepKind, roots: list[Expr], inputs: tuple[Expr, ...]) -> dict[int, Expr]:
