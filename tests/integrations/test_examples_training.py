@@ -25,7 +25,8 @@ def test_contrastive_training_takes_less_and_learns_the_same(capsys: pytest.Capt
     plain, ours = column(out, " MiB")
     assert ours < 0.6 * plain
     losses = re.findall(r"│ +([\d.]+) │", out)
-    assert float(losses[1]) == pytest.approx(float(losses[0]), abs=2e-4)
+    printed_units = [int(loss.replace(".", "")) for loss in losses]  # the last place that the example prints, 1e-4
+    assert abs(printed_units[1] - printed_units[0]) <= 1  # where rounding falls on either side
 
 
 def test_zeroth_order_training_learns_in_less_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 import memopt
 from memopt.integrations.checkpoints import Checkpoints
 from memopt.optim import AdamW8bit
+from tests.closeness import check_losses_as_exact
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import whole
 from tests.integrations import real_text
@@ -88,7 +89,7 @@ def results(folder: Path, plan: Any) -> list[dict[str, Any]]:
 def test_the_loss_is_that_of_plain_pytorch_within_one_percent(results: list[dict[str, Any]]) -> None:
     ours = [statistics.fmean(pair) for pair in zip(*(one["losses"] for one in results), strict=True)]
     expected = real_text.reference(STEPS)
-    assert ours == pytest.approx(expected, rel=0.01)
+    assert ours == pytest.approx(expected, rel=real_text.WITHIN)
     assert expected[-1] < 0.9 * expected[0]
 
 
@@ -148,4 +149,6 @@ def test_one_process_or_three_ranks_can_go_on(results: list[dict[str, Any]], fol
     for name, value in results[0]["at_save"].items():
         assert torch.equal(alone[name], value), name
         assert torch.equal(three[2][0][name], value), name
-    assert loss == pytest.approx(results[0]["losses"][SAVED], rel=1e-5)  # the first rank's share of the same step
+    # The first rank's share of the same step: the same forward pass, but for sums split over other threads.
+    expected = results[0]["losses"][SAVED]
+    check_losses_as_exact([loss], [expected], [expected])

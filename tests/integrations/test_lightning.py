@@ -74,7 +74,7 @@ def test_a_plan_keeps_the_step_within_the_budget_and_the_loss(tmp_path: Path) ->
     plain, _ = fitted(tmp_path / "plain", Language(torch.optim.AdamW))
     callback = MemoptCallback(BUDGET, hardware="cpu", meter=True)
     ours, trainer = fitted(tmp_path / "ours", callbacks=[callback])
-    assert ours.losses == pytest.approx(plain.losses, rel=0.01)
+    assert ours.losses == pytest.approx(plain.losses, rel=real_text.WITHIN)
     assert callback.plan.status in ("optimal", "feasible")
     assert callback.metered.peak_bytes <= memopt.planner.parse_bytes(BUDGET)
     assert trainer.callback_metrics["twice"] == 2 * trainer.callback_metrics["loss"]

@@ -17,6 +17,8 @@ from memopt.integrations import equip
 from memopt.integrations.hf_trainer import MemoptCallback
 from memopt.optim import AdamW8bit, Lion
 from memopt.wrapping import DoesNotFitError
+from tests.closeness import InDouble, check_as_exact, check_losses_as_exact
+from tests.integrations import real_text
 from tests.integrations.causal_models import transformers
 
 T, STEPS, SAVED = 128, 10, 5
@@ -67,12 +69,13 @@ def test_half_the_memory_the_same_losses_and_a_bitwise_resume(plain: tuple[list[
 
     model, callback, found, trainer = run()
     assert isinstance(trainer.optimizer.optimizer, AdamW8bit)
-    assert found == pytest.approx(expected, rel=0.01)
+    assert found == pytest.approx(expected, rel=real_text.WITHIN)
     assert found[-1] < 0.8 * found[0]
     assert callback.plan is not None
     assert callback.metered is not None
     assert callback.metered.peak_bytes <= budget
-    assert callback.plan.peak_bytes == pytest.approx(callback.metered.peak_bytes, rel=0.01)
+    off_bytes = abs(callback.plan.peak_bytes - callback.metered.peak_bytes)
+    assert off_bytes <= callback.metered.peak_bytes // 100  # as docs/offload.md promises
     assert not any("forward" in vars(layer) for layer in model.model.layers)  # the plan is off again
     report = callback.console.file.getvalue()
     assert "FITS" in report
@@ -95,26 +98,38 @@ def test_an_optimizer_object_with_gradient_accumulation_and_a_plan(tmp_path: Pat
 
     expected, free = run(1, None)
     budget = free.metered.peak_bytes * 35 // 100  # half of the batch, and two thirds of what that would take
+    by_itself, _ = run(2, None)  # what another order of sums makes of the whole batch's losses
     found, planned = run(2, budget)
-    assert found == pytest.approx(expected, rel=1e-3)
+    check_losses_as_exact(found, by_itself, expected)
     assert planned.metered.peak_bytes <= budget
 
 
+KINDS = ("fused", "plain", "exact")  # ours, the Trainer by itself, and that in float64
+
+
+def of_kind(kind: str, model: nn.Module) -> nn.Module:
+    return model.double() if kind == "exact" else model
+
+
+def precision(kind: str) -> Any:
+    return InDouble() if kind == "exact" else contextlib.nullcontext()
+
+
 def test_evaluation_sees_the_logits(tmp_path: Path) -> None:
-    def run(fused: bool) -> dict[str, float]:
-        trainer = made(tmp_path, llama(2))
+    def run(kind: str) -> dict[str, float]:
+        trainer = made(tmp_path, of_kind(kind, llama(2)))
         trainer.compute_metrics = lambda seen: {
             "right": float((seen.predictions[:, :-1] == seen.label_ids[:, 1:]).mean())
         }
         trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
-        if fused:
+        if kind == "fused":
             equip(trainer)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), precision(kind):
             return trainer.evaluate(ROWS[:32])
 
-    expected, found = run(False), run(True)
-    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
-    assert found["eval_right"] == expected["eval_right"]
+    found, plain, exact = map(run, KINDS)
+    check_losses_as_exact(*([one["eval_loss"]] for one in (found, plain, exact)))
+    assert found["eval_right"] == plain["eval_right"]
 
 
 UNEVEN = [{"input_ids": row["input_ids"], "labels": row["labels"].clone()} for row in ROWS[:16]]
@@ -134,21 +149,22 @@ def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -
 
 @pytest.mark.parametrize("way", [*WAYS, "own loss"])
 def test_the_fused_loss_trains_as_the_trainer_does_by_itself(way: str, tmp_path: Path) -> None:
-    def run(fused: bool) -> tuple[list[float], Any]:
-        trainer = made(tmp_path, llama(1), max_steps=2, **WAYS.get(way, {"gradient_accumulation_steps": 2}))
+    def run(kind: str) -> tuple[list[float], Any]:
+        options = WAYS.get(way, {"gradient_accumulation_steps": 2})
+        trainer = made(tmp_path, of_kind(kind, llama(1)), max_steps=2, **options)
         trainer.train_dataset = UNEVEN
         trainer.compute_loss_func = summed if way == "own loss" else None
-        if fused:
+        if kind == "fused":
             equip(trainer)
-        found = losses(trainer)
-        with contextlib.redirect_stdout(io.StringIO()):
-            return found, trainer.predict(UNEVEN[:3])
+        with contextlib.redirect_stdout(io.StringIO()), precision(kind):
+            return losses(trainer), trainer.predict(UNEVEN[:3])
 
-    (expected, plain), (found, ours) = run(False), run(True)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert type(ours.predictions) is type(plain.predictions)
-    assert ours.predictions == pytest.approx(plain.predictions, rel=1e-4, abs=1e-4)
-    assert ours.metrics["test_loss"] == pytest.approx(plain.metrics["test_loss"], rel=1e-5)
+    (found, ours), (plain, theirs), (exact, true) = map(run, KINDS)
+    check_losses_as_exact(
+        *([*many, one.metrics["test_loss"]] for many, one in ((found, ours), (plain, theirs), (exact, true)))
+    )
+    assert type(ours.predictions) is type(theirs.predictions)
+    check_as_exact(*({"logits": torch.from_numpy(one.predictions)} for one in (ours, theirs, true)))
 
 
 class Interrupt(transformers.TrainerCallback):
@@ -183,7 +199,7 @@ def test_adapters_with_a_plan(tmp_path: Path) -> None:
         trained.append(losses(trainer))
     assert callback.plan is not None
     assert callback.plan.peak_bytes < 0.6 * callback.plan.baseline_peak_bytes
-    assert trained[0] == pytest.approx(trained[1], rel=0.01)
+    assert trained[0] == pytest.approx(trained[1], rel=real_text.WITHIN)
 
 
 def test_a_plain_loop_with_accelerate() -> None:
@@ -191,9 +207,9 @@ def test_a_plain_loop_with_accelerate() -> None:
 
     reset = accelerate.state.AcceleratorState._reset_state  # the Trainers of this process have set it to no autocast
 
-    def run(fused: bool) -> list[float]:
+    def run(fused: bool, precision: str = "bf16") -> list[float]:
         reset(reset_partial_state=True)
-        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
         model = llama(2)
         optimizer = AdamW8bit(model.parameters(), lr=3e-3)
         loader = torch.utils.data.DataLoader(ROWS, batch_size=4)
@@ -212,7 +228,9 @@ def test_a_plain_loop_with_accelerate() -> None:
         return seen
 
     try:
-        assert run(True) == pytest.approx(run(False), rel=0.01)
+        # Against bfloat16 the run in float32 is the truth. Every token's loss has roundings of logits of its own.
+        rounding = torch.finfo(torch.bfloat16).eps / (4 * (T - 1)) ** 0.5
+        check_losses_as_exact(run(True), run(False), run(False, "no"), rounding)
     finally:
         reset(reset_partial_state=True)
 
