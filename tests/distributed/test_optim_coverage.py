@@ -52,28 +52,25 @@ def trained(rank: int, wrapper: str, name: str, shares: int = 1) -> tuple[dict[s
     return whole(model), visited
 
 
-def check_follows(got: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:
+def check_follows_one_rank(answers: list[tuple[dict[str, Tensor], list[int]]], name: str) -> None:
     """No further from one rank's run than that is from a run on one rank that adds up two ranks' sums."""
+    expected, visits = trained(0, "plain", name)
     in_shares, _ = trained(0, "plain", name, shares=2)
-    check_as_exact(got, in_shares, {key: value.double() for key, value in expected.items()})
+    for got, visited in answers:
+        assert visited == visits
+        check_as_exact(got, in_shares, {key: value.double() for key, value in expected.items()})
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_fsdp_follows_the_run_on_one_rank(name: str) -> None:
-    expected, visits = trained(0, "plain", name)
-    for got, visited in run_ranks(trained, 2, "fsdp", name):
-        assert visited == visits
-        check_follows(got, expected, name)
+    check_follows_one_rank(run_ranks(trained, 2, "fsdp", name), name)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "group"])
 @pytest.mark.parametrize("name", ["blocks", "greedy"])
 def test_block_coordinate_with_replicas_follows_the_run_on_one_rank(name: str, wrapper: str) -> None:
-    expected, visits = trained(0, "plain", name)
     answers = run_ranks(trained, 2, wrapper, name)
-    for got, visited in answers:
-        assert visited == visits
-        check_follows(got, expected, name)
+    check_follows_one_rank(answers, name)
     assert_bitwise(answers[0][0], answers[1][0])
 
 
