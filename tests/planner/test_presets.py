@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ def test_decoders_do_not_look_ahead() -> None:
     tokens = torch.arange(32).reshape(1, 32)
     changed = tokens.clone()
     changed[0, 20] = 99
-    assert torch.allclose(model(tokens)[:, :20], model(changed)[:, :20], atol=1e-5)
-    assert not torch.allclose(model(tokens)[:, 20:], model(changed)[:, 20:], atol=1e-5)
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert (before[:, 20:] != after[:, 20:]).any(-1).all()
 
 
 def test_reference_vision_transformer_runs() -> None:
@@ -203,7 +205,7 @@ def test_optimizers_by_name_keep_their_bytes(name: str, bytes_each: float) -> No
     optimizer = NamedOptimizer([parameter], name)
     optimizer.step()
     optimizer.step()
-    assert optimizer.state[parameter]["moments"].nbytes == pytest.approx(10000 * bytes_each, abs=1)
+    assert optimizer.state[parameter]["moments"].nbytes == math.ceil(10000 * bytes_each)
 
 
 def test_small_parameters_keep_32_bit_states() -> None:
