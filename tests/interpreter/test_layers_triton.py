@@ -64,7 +64,8 @@ def test_gated_at_the_ends(activation: str) -> None:
         x, one = ends.to(dtype), ones.to(dtype)
         made.append([module.gated(x, one, activation), *module.gated_backward(one, x, one, activation)])
     for value, truth in zip(*made, strict=True):
-        assert ((value.double() - truth).abs() <= NOTHING * ends.double().abs().clamp_min(1)).all()
+        largest = ends.double().abs().clamp_min(1) ** 3  # that a slope multiplies a sigmoid with: gelu_tanh's
+        assert ((value.double() - truth).abs() <= NOTHING * largest).all()
     assert ours.gated(torch.full((1,), float("nan")), ones[:1], activation).isnan().all()
 
 
