@@ -143,6 +143,30 @@ def test_states_and_gradients_may_be_multiplied_by_any_number(monkeypatch: pytes
             check_state(b, a, roundings=20)  # fourteen in a decoded value, two products a term, a sum
 
 
+@pytest.mark.parametrize("kinds", [("sq127", "root4"), ("sq15", "sqrt"), ("e4m3", "e4m3")], ids=str)
+def test_native_follows_the_oracle_over_many_blocks(kinds: tuple[Kind, Kind], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several tiles, of whole blocks and not; some blocks are tiny, and some hold what is no number."""
+    shapes, outcomes = [(2, 9984), (12600,)], []
+    for backend in ("torch", "native"):
+        monkeypatch.setenv("MEMOPT_KERNELS", backend)
+        generator = torch.Generator().manual_seed(9)
+        params = [torch.randn(shape, generator=generator) for shape in shapes]
+        starts, grads = [p.clone() for p in params], [torch.randn(shape, generator=generator) for shape in shapes]
+        grads[0][0, 512:1024] *= 1e-18
+        grads[0][1, 4096] = torch.inf
+        grads[1][[0, 4351, 12599]] = torch.nan
+        states = [[zeros(shape, kind) for shape in shapes] for kind in kinds]
+        step(ADAMW, params, grads, states, [codec_of(k) for k in kinds], SCALARS, seed=3)
+        outcomes.append((params, states))
+    (params, states), (ours, our_states) = outcomes
+    for p, q, start in zip(params, ours, starts, strict=True):
+        assert p.isnan().sum() in (1, 3)
+        check_parameters(q, p, start)
+    for stored, mine in zip(states, our_states, strict=True):
+        for a, b in zip(stored, mine, strict=True):
+            check_state(b, a)
+
+
 @pytest.mark.usefixtures("_backend")
 def test_a_learning_rate_of_zero_moves_no_parameter() -> None:
     p, g = torch.randn(3, 700), torch.randn(3, 700)

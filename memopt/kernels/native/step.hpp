@@ -30,6 +30,12 @@ template <class D> struct Nibbles {
 };
 template <class D> INLINE Nibbles<D> nibbles(D decode) { return Nibbles<D>(decode); }
 
+// N numbers whose places repeat: those of the elements that follow the last N take theirs.
+template <int N> struct Ring {
+    float* first;
+    inline __attribute__((always_inline)) float* operator+(int j) const { return first + (j & (N - 1)); }
+};
+
 // Elements with a new value that is no number start anew, in all their encoded states: zeros, which raise no scale.
 static __attribute__((noinline, cold)) void start_anew(float* const* states, int count, int n) {
     for (int i = 0; i < n; i++) {

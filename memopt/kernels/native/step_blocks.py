@@ -58,16 +58,21 @@ class Blocks(Parts):
         lines = []
         for j in self.kind.quantised:
             codec = self._codec(j)
-            scale = f"(scale{j} * uniforms[{self.gains[j]}])" if j in self.gains else f"scale{j}"
-            parts = [part.replace("scale", scale) for part in self.scale_parts[j]]
             lines += [
                 *self._block_of_segment(j, codec),
                 f"float scale{j} = scales{j}[block{j} + k{j}];",
-                f"const vf c{j}[] = {{{', '.join(f'splat({part})' for part in parts)}}};",
+                *self._decoder(j),
                 f"vu maximum{j} = maxima{j}[k{j}];",
             ]
-            if codec.bits == 4:
-                lines.append(f"const auto value{j} = nibbles([&](vf code) {{ return decode_{j}(code, c{j}); }});")
+        return lines
+
+    def _decoder(self, j: int) -> list[str]:
+        """What decodes a block of state j whose scale is known."""
+        scale = f"(scale{j} * uniforms[{self.gains[j]}])" if j in self.gains else f"scale{j}"
+        parts = [part.replace("scale", scale) for part in self.scale_parts[j]]
+        lines = [f"const vf c{j}[] = {{{', '.join(f'splat({part})' for part in parts)}}};"]
+        if self._codec(j).bits == 4:
+            lines.append(f"const auto value{j} = nibbles([&](vf code) {{ return decode_{j}(code, c{j}); }});")
         return lines
 
     @staticmethod
@@ -92,13 +97,21 @@ class Blocks(Parts):
                 f"maxima{j}[k{j}] = maximum{j};",
                 f"const Scale closed{j} = scale_of(maximum{j}, {self._top(j)});",
                 f"fresh{j}[k{j}] = closed{j}.scale, inverses{j}[k{j}] = closed{j}.inverse;",
-                f"rare |= (closed{j}.lift != 1.0f) & (closed{j}.scale != 0);",
+                self._is_rare(j),
             ]
         return lines
 
+    @staticmethod
+    def _is_rare(j: int) -> str:
+        return f"rare |= (closed{j}.lift != 1.0f) & (closed{j}.scale != 0);"
+
     def _write_scales(self, j: int) -> list[str]:
-        fresh = f"fresh{j}[k] * uniforms[{self.units[j]}]" if j in self.units else f"fresh{j}[k]"
+        fresh = self._in_units(j, f"fresh{j}[k]")
         return self._each_block(j, self._codec(j), [f"scales{j}[block{j} + k] = {fresh};"])
+
+    def _in_units(self, j: int, scale: str) -> str:
+        """The scale of what the first pass has made of state j, as it is stored."""
+        return f"{scale} * uniforms[{self.units[j]}]" if j in self.units else scale
 
     def _close_again(self, j: int) -> list[str]:
         """The scales of blocks whose values have been changed."""

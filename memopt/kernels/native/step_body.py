@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from memopt.kernels.codecs import Codec
-from memopt.kernels.native.cpp import CPP_TYPES
-from memopt.kernels.native.step_blocks import Blocks
-from memopt.kernels.native.step_elements import Elements
+from memopt.kernels.native.step_merged import Merged
 
 
-class Body(Blocks, Elements):
+class Body(Merged):
     """All of the function; ``function`` is its text."""
 
     def function(self) -> str:
-        lines = [
+        size = self.segment
+        lines = ["#if MEMOPT_AVX512", *self.merged(), "#endif"] if self.merges else []
+        lines += [
             "static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float* uniforms, double* sums)",
             "{",
-            *[f"const vf U{i} = splat(uniforms[{i}]);" for i in range(self.uniforms)],
-            f"using P = {CPP_TYPES[self.kind.param]};",
-            f"using G = {CPP_TYPES[self.kind.grad]};",
-            "P* param = (P*)t.param + row * t.cols + col;",
-            "const G* grad = (const G*)t.grad + row * t.cols + col;",
-            *self._draws(),
-            *([f"const bool whole = n % {self.segment} == 0;"] if self.paired else []),
+        ]
+        if self.merges:
+            lines += [
+                "#if MEMOPT_AVX512",
+                f"if (const int whole = n % {size} == 0 ? n : (n / {size} - 1) * {size}; whole > 0) {{",
+                "whole_blocks(t, row, col, whole, uniforms);",
+                "col += whole, n -= whole;",
+                "if (n == 0) return;",
+                "}",
+                "#endif",
+            ]
+        lines += [
+            *self._open_tile(),
+            *([f"const bool whole = n % {size} == 0;"] if self.paired else []),
         ]
         for j, stored in enumerate(self.kind.stored):
             lines += self._open_codec(j, stored) if isinstance(stored, Codec) else self._open_plain(j, stored)
@@ -81,7 +88,7 @@ class Body(Blocks, Elements):
         """Encodes the new states. With many registers, each vector's slow operations begin before the last one's codes
         and parameter are made of theirs; pairs are two chains already, and two stages of them too many registers."""
         plain = self._pass(self._late_slots, self._segment_inverses(), self._second_element, [], encodes=True)
-        if self.paired or (not self.stages and self.late_stages is None):
+        if not self.staged:
             return plain
         before = [*self._open_words(self._late_slots), *self._segment_inverses(), *self._stages()]
         vectors = [
@@ -97,22 +104,7 @@ class Body(Blocks, Elements):
             "}",
         ]
         lines = self._each_segment(before, self._second_element, [], vectors)
-        fields = ["struct Ahead {", *self._ahead_fields(), "};"]
-        return ["#if MEMOPT_AVX512", *fields, *lines, "#else", *plain, "#endif"]
-
-    def _stages(self) -> list[str]:
-        """The second pass of one vector, in two functions."""
-        inline = "__attribute__((always_inline))"
-        return [
-            f"const auto begin = [&](int j) {inline} {{",
-            "Ahead a;",
-            *self._ahead(),
-            "return a;",
-            "};",
-            f"const auto finish = [&](int j, const Ahead& a) {inline} {{",
-            *self._second_element("vector", ahead=True),
-            "};",
-        ]
+        return ["#if MEMOPT_AVX512", *self._ahead_struct(), *lines, "#else", *plain, "#endif"]
 
     def _open_pairs(self, slots: Iterable[int]) -> list[str]:
         """The generators of random words for both halves of a segment."""
@@ -145,14 +137,6 @@ class Body(Blocks, Elements):
             *after,
             "}",
         ]
-
-    def _draws(self) -> list[str]:
-        lines = []
-        for draw in sorted({slot // 2 for slot in self.kind.noisy}):
-            lines.append(f"uint32_t key{draw} = row_key(t.key, t.start + row * t.cols, {draw});")
-        if lines:
-            lines.insert(0, "uint32_t index = (uint32_t)(t.start + row * t.cols + col);")
-        return lines
 
     def _between(self) -> list[str]:
         """Scales of the new values, between the passes.

@@ -103,12 +103,33 @@ class Elements(Parts):
             lines += [*stages.first, *[f"a.late[{i}] = {name};" for i, name in enumerate(stages.kept)]]
         return lines
 
-    def _ahead_fields(self) -> list[str]:
-        """What ``a`` is made of."""
-        lines = [f"vu w{d};" for d in self._draws_of(self._late_slots)]
+    def _ahead_struct(self) -> list[str]:
+        """What ``a`` is."""
+        lines = ["struct Ahead {", *[f"vu w{d};" for d in self._draws_of(self._late_slots)]]
         lines += [f"vf noise{j};" for j in self._begun_with_noise]
         lines += [f"vf kept{j}[{max(1, len(stages.kept))}];" for j, stages in self.stages.items()]
-        return [*lines, f"vf late[{len(self.late_stages.kept)}];"] if self.late_stages else lines
+        lines += [f"vf late[{len(self.late_stages.kept)}];"] if self.late_stages else []
+        return [*lines, "};"]
+
+    @property
+    def staged(self) -> bool:
+        """Whether the second pass is cut in two; pairs are two chains already, and two stages of them too many
+        registers."""
+        return not self.paired and (bool(self.stages) or self.late_stages is not None)
+
+    def _stages(self) -> list[str]:
+        """The second pass of one vector, in two functions."""
+        inline = "__attribute__((always_inline))"
+        return [
+            f"const auto begin = [&](int j) {inline} {{",
+            "Ahead a;",
+            *self._ahead(),
+            "return a;",
+            "};",
+            f"const auto finish = [&](int j, const Ahead& a) {inline} {{",
+            *self._second_element("vector", ahead=True),
+            "};",
+        ]
 
     def _late_update(self, how: str, ahead: bool = False) -> list[str]:
         """The parameter from the new states, where that waits for the second pass."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memopt.kernels.codecs import Codec
+from memopt.kernels.native.cpp import CPP_TYPES
 from memopt.kernels.native.stages import Stages, staged
 from memopt.kernels.native.step_kind import StepKind
 
@@ -45,6 +46,20 @@ class Parts:
         four = {j: s.block for j, s in enumerate(self.kind.stored) if isinstance(s, Codec) and s.bits == 4}
         return list(four) if self.segment % 32 == 0 and set(four.values()) == {self.segment} else []
 
+    def _open_tile(self) -> list[str]:
+        """Where a function over elements of a row begins: its numbers, its place, the keys of its random words."""
+        lines = [f"const vf U{i} = splat(uniforms[{i}]);" for i in range(self.uniforms)]
+        lines += [
+            f"using P = {CPP_TYPES[self.kind.param]};",
+            f"using G = {CPP_TYPES[self.kind.grad]};",
+            "P* param = (P*)t.param + row * t.cols + col;",
+            "const G* grad = (const G*)t.grad + row * t.cols + col;",
+        ]
+        draws = sorted({slot // 2 for slot in self.kind.noisy})
+        if draws:
+            lines.append("uint32_t index = (uint32_t)(t.start + row * t.cols + col);")
+        return [*lines, *[f"uint32_t key{d} = row_key(t.key, t.start + row * t.cols, {d});" for d in draws]]
+
     @property
     def _early_slots(self) -> list[int]:
         """Slots whose random numbers the first pass may need: those of plain states, and an early parameter's."""
@@ -58,9 +73,9 @@ class Parts:
     def _draws_of(self, slots: Iterable[int]) -> list[int]:
         return sorted({slot // 2 for slot in slots if slot in self.kind.noisy})
 
-    def _open_words(self, slots: Iterable[int]) -> list[str]:
+    def _open_words(self, slots: Iterable[int], start: str = "from") -> list[str]:
         """Where a loop over elements begins: the generators of the random words that its slots need."""
-        return [f"Words words{draw}(key{draw}, index + from);" for draw in self._draws_of(slots)]
+        return [f"Words words{draw}(key{draw}, index + {start});" for draw in self._draws_of(slots)]
 
     def _words(self, slots: Iterable[int], how: str) -> list[str]:
         """The random words of some slots that need them."""

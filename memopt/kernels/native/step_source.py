@@ -14,6 +14,7 @@ from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_facto
 from memopt.kernels.native.stages import Stages
 from memopt.kernels.native.step_body import Body
 from memopt.kernels.native.step_kind import StepKind
+from memopt.kernels.native.step_merged import MERGED_TILE
 
 TILE = 512  # elements whose new states wait in buffers at once; with 1024 the first cache loses what was prefetched
 
@@ -72,9 +73,7 @@ def step_source(kind: StepKind) -> StepSource:
     unit = math.lcm(*blocks) if blocks else TILE
     tile = unit * -(-TILE // unit)
     wide = tile // 2 if tile // unit % 4 == 0 else tile  # small blocks gain less from many in a tile
-    parts = [header(), f"enum {{ N_STATES = {count}, N_SUMS = {len(sums)} }};\n"]
-    parts.append(f"#if MEMOPT_AVX512\nenum {{ TILE = {wide} }};\n#else\nenum {{ TILE = {tile} }};\n#endif\n")
-    parts.append(read("step.hpp"))
+    parts = [read("step.hpp")]
     scale_parts: dict[int, list[str]] = {}
     stages: dict[int, Stages] = {}
     for j in kind.quantised:
@@ -103,6 +102,9 @@ def step_source(kind: StepKind) -> StepSource:
         gain_at,
         unit_at,
     )
+    wide = MERGED_TILE if body.merges else wide
+    parts.insert(0, f"#if MEMOPT_AVX512\nenum {{ TILE = {wide} }};\n#else\nenum {{ TILE = {tile} }};\n#endif\n")
+    parts.insert(0, f"{header()}enum {{ N_STATES = {count}, N_SUMS = {len(sums)} }};\n")
     parts.append(body.function())
     return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive))
 
