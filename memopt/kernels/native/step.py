@@ -174,11 +174,7 @@ def _built(kind: StepKind, flags: tuple[str, ...]) -> _Kernel | None:
 def _call(
     kernel: _Kernel, table: array[int], count: int, scalars: Mapping[str, float], key: int, reductions: int
 ) -> Tensor:
-    values = _numbers(kernel.source, scalars)
-    if values is None:
-        other = _kernel(replace(kernel.kind, scaled=False))
-        assert other is not None  # this machine has compiled the first one
-        return _call(other, table, count, scalars, key, reductions)
+    kernel, values = _fitting(kernel, scalars)
     sums = torch.zeros(count, reductions, dtype=torch.float64)
     kernel.function(
         table.buffer_info()[0], count, values.buffer_info()[0], sums.data_ptr(), key, native_build.threads()
@@ -186,12 +182,22 @@ def _call(
     return sums
 
 
-def _numbers(source: StepSource, scalars: Mapping[str, float]) -> array[float] | None:
-    """The values of a step's uniform expressions; None where they are not what it was made for."""
-    if not all(_SMALL < evaluate(number, scalars) < 1 / _SMALL for number in source.positive):
-        return None
-    values = array("f", [evaluate(number, scalars) for number in source.uniforms] or [0.0])
-    return None if any(values[i] < 0 for i in source.gains) else values
+def _fitting(kernel: _Kernel, scalars: Mapping[str, float]) -> tuple[_Kernel, array[float]]:
+    """The kernel for these numbers, one that moves them less where they ask for it, and its uniform values."""
+    turned = tuple(j for j, unit in kernel.source.units.items() if evaluate(unit, scalars) < 0)
+    if turned and not kernel.kind.turned:
+        return _fitting(_variant(kernel, turned=turned), scalars)
+    if all(_SMALL < evaluate(number, scalars) < 1 / _SMALL for number in kernel.source.positive):
+        values = array("f", [evaluate(number, scalars) for number in kernel.source.uniforms] or [0.0])
+        if all(values[i] >= 0 for i in kernel.source.gains):
+            return kernel, values
+    return _fitting(_variant(kernel, scaled=False), scalars)
+
+
+def _variant(kernel: _Kernel, **changes: Any) -> _Kernel:
+    other = _kernel(replace(kernel.kind, **changes))
+    assert other is not None  # this machine has compiled the first one
+    return other
 
 
 def _row(request: StepRequest, i: int) -> list[int]:

@@ -15,7 +15,8 @@ class StepKind:
     """What one compiled step is made for; ``stored`` has a codec or a dtype for each state.
 
     ``restart``: elements with a new value that is not finite start anew, at zero; only Triton's quantisers do without.
-    ``scaled``: a state may be decoded times the number that the rule multiplies it by, which must not be negative.
+    ``scaled``: numbers may be moved between factors (see ``step_source``); only native kernels do.
+    ``turned``: states whose new values have a unit below zero, as where a rule climbs.
     ``guarded``: gradients are scaled, and the step may be called off, by two numbers on the device; Triton only.
     """
 
@@ -27,6 +28,7 @@ class StepKind:
     param_rounding: str
     restart: bool = True
     scaled: bool = True
+    turned: tuple[int, ...] = ()
     guarded: bool = False
 
     @property

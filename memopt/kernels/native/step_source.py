@@ -24,13 +24,14 @@ class StepSource:
     """A step's source.
 
     ``uniforms`` go into its array ``U``; those at ``gains`` must not be negative, and what is ``positive`` must be
-    above 0.
+    above 0, as must the ``units`` of states.
     """
 
     text: str
     uniforms: list[Expr]
     gains: tuple[int, ...]
     positive: tuple[Expr, ...]
+    units: dict[int, Expr]
 
 
 def step_source(kind: StepKind) -> StepSource:
@@ -50,7 +51,7 @@ def step_source(kind: StepKind) -> StepSource:
     new_p, *others = (rewritten(root, made) for root in (new_p, *states, *sums))
     gains = _decoded_times(kind, [new_p, *others], inputs) if kind.scaled else {}
     found = {j: unit_of(others[j], product) for j, product in gains.items()}
-    units = {j: unit for j, unit in found.items() if unit is not None}
+    units = {j: (-unit[0], -unit[1]) if j in kind.turned else unit for j, unit in found.items() if unit is not None}
     positive = [unit for unit, _ in units.values()]
     checked = positive if kind.scaled else None
     factors = {j: uniform_factor(product) for j, product in gains.items()}
@@ -106,7 +107,8 @@ def step_source(kind: StepKind) -> StepSource:
     parts.insert(0, f"#if MEMOPT_AVX512\nenum {{ TILE = {wide} }};\n#else\nenum {{ TILE = {tile} }};\n#endif\n")
     parts.insert(0, f"{header()}enum {{ N_STATES = {count}, N_SUMS = {len(sums)} }};\n")
     parts.append(body.function())
-    return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive))
+    only = {j: unit for j, (unit, _) in units.items()}
+    return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive), only)
 
 
 def _decoded_times(kind: StepKind, roots: list[Expr], inputs: tuple[Expr, ...]) -> dict[int, Expr]:
