@@ -22,7 +22,9 @@ def test_native_code_is_in_use_here():
 def test_native_takes_the_same_steps_as_the_reference(seed, tight):
     buffers = planted(seed, 60, 5000) if seed % 2 else scattered(seed, 70)
     draw = random.Random(seed)
-    for part in reduce(buffers).parts:
+    parts = reduce(buffers).parts
+    assert parts
+    for part in parts:
         capacity = max(1, int(part.max_live * tight))
         compiled = native.attempt_for(part, capacity)
         assert compiled is not skyline.attempt

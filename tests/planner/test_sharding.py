@@ -126,8 +126,9 @@ def test_context_parallel_splits_tokens_only(whole: Trace) -> None:
 def test_saved_bytes_follow_their_storages(whole: Trace) -> None:
     found = shard(whole, Degrees(tensor=2, context=2))
     by_id = {storage.id: storage.bytes for storage in found.storages}
-    for block in found.blocks:
-        assert all(saved.bytes == by_id[saved.storage] for saved in block.saved)
+    saved = [one for block in found.blocks for one in block.saved]
+    assert saved
+    assert all(one.bytes == by_id[one.storage] for one in saved)
 
 
 @pytest.mark.parametrize(

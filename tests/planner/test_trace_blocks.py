@@ -130,9 +130,9 @@ def test_views_move_no_bytes() -> None:
             return x.view(-1).unsqueeze(0).expand(3, -1)
 
     traced = trace(nn.Sequential(nn.Linear(4, 4), Views()), torch.ones(2, 4))
-    for op in traced.ops:
-        if op.name.split(".")[1] in ("view", "unsqueeze", "expand", "t"):
-            assert (op.bytes_read, op.bytes_written, op.writes) == (0, 0, ())
+    views = [op for op in traced.ops if op.name.split(".")[1] in ("view", "unsqueeze", "expand", "t")]
+    assert {op.name.split(".")[1] for op in views} == {"view", "unsqueeze", "expand", "t"}
+    assert all((op.bytes_read, op.bytes_written, op.writes) == (0, 0, ()) for op in views)
 
 
 def test_in_place_operations_write_what_they_change() -> None:

@@ -250,6 +250,7 @@ def test_allocations_are_what_the_timeline_counts(rates: Rates) -> None:
     trace = transformer(4, unit=1024)
     smallest = plan(trace, int(trace.peak_bytes * 0.3), rates).smallest_budget_bytes
     played = simulate(trace, plan(trace, smallest, rates).blocks, rates)
+    assert played.moments
     for moment, (_, sizes) in enumerate(played.moments):
         live = sum(s.bytes for s in played.allocations if s.birth <= moment < s.death)
         assert live == sum(sizes)
