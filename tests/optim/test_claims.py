@@ -14,7 +14,7 @@ import memopt.optim as room
 from memopt.optim import AdamW, ZerothOrder, convert
 from memopt.optim.formats import names
 from tests.optim.coverage_models import loss_of, tiny, values
-from tests.optim.test_every_format import EVERY, RULES, made, params_of
+from tests.optim.every_rule import PAIRS, RULES, made, usual
 from tests.optim.training import (
     assert_resumes_bitwise,
     assert_same_state,
@@ -22,11 +22,13 @@ from tests.optim.training import (
     gradients,
     largest_difference,
     parameters,
+    params_of,
     run,
     through_file,
 )
 
 SHAPES = [(70, 80), (9,)]
+EVERY = pytest.mark.parametrize(("rule", "state"), PAIRS)
 
 
 @EVERY
@@ -126,7 +128,7 @@ def test_torchs_own_goes_on_from_ours_and_back(rule: str, state: str) -> None:
     run(ours, 3)
     start = copies(params)
     plain = copies(params)
-    theirs = getattr(torch.optim, rule)(plain, **({"momentum": 0.9} if rule == "SGD" else {}))
+    theirs = getattr(torch.optim, rule)(plain, **usual(rule))
     theirs.load_state_dict(through_file(convert(ours.state_dict(), "memopt", "torch")))
     assert theirs.param_groups[0]["lr"] == 0.01
     back = made(rule, copies(params), state=state)

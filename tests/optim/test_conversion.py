@@ -10,6 +10,7 @@ import torch
 
 import memopt.optim as room
 from memopt.optim import AdamW, AdamW8bit, convert
+from tests.optim.every_rule import made
 from tests.optim.training import (
     assert_same_state,
     copies,
@@ -104,13 +105,12 @@ def test_bitsandbytes_codes_are_read_exactly(nested: bool) -> None:
 
 @pytest.mark.parametrize("rule", ["AdamW", "Lion", "SGD", "RMSprop", "Adagrad", "LAMB", "LARS", "AdEMAMix"])
 def test_bitsandbytes_and_back_in_32_bits(rule: str) -> None:
-    options = {"momentum": 0.9} if rule == "SGD" else {}
     params = parameters(SHAPES)
-    ours = getattr(room, rule)(params, state="fp32", **options)
+    ours = made(rule, params, state="fp32")
     run(ours, 3)
     there = convert(ours.state_dict(), "memopt", "bitsandbytes", bits=32)
     assert "state1" in there["state"][0]
-    twin = getattr(room, rule)(copies(params), state="fp32", **options)
+    twin = made(rule, copies(params), state="fp32")
     twin.load_state_dict(convert(there, "bitsandbytes", twin))
     run(ours, [5])
     run(twin, [5])

@@ -11,43 +11,30 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.optimizer import (
-    Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-import memopt.optim as room
-from memopt.optim.formats import names
+from tests.optim.every_rule import PAIRS, RULES, made
 from tests.optim.training import (
     assert_same_state,
     copies,
     gradients,
     largest_difference,
     parameters,
+    params_of,
     run,
     through_file,
 )
 
-RULES = [
-    "Adagrad", "Adam", "AdamMini", "AdamW", "AdEMAMix", "LAMB", "LARS", "Lion", "Muon", "NorMuon", "RMSprop", "SGD",
-]  # fmt: skip
 SHAPES = [(18, 260), (4100,), (3, 4, 5), (6,), (), (0,), (0, 4)]  # ragged rows, flat, small, 0-dim, empty
-EVERY = pytest.mark.parametrize(("rule", "state"), [(rule, state) for rule in RULES for state in names()])
-
-
-def made(rule: str, params: Any, **options: Any) -> Any:
-    momentum = {"momentum": 0.9} if rule == "SGD" else {}
-    return getattr(room, rule)(params, **{"lr": 0.01, **momentum, **options})
+EVERY = pytest.mark.parametrize(("rule", "state"), PAIRS)
 
 
 def some() -> list[torch.Tensor]:
     """``SHAPES``, and a matrix whose rows do not lie one after another."""
     (turned,) = parameters([(66, 70)], seed=2)
     return [*parameters(SHAPES), torch.nn.Parameter(turned.detach().t().contiguous().t())]
-
-
-def params_of(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def by_state_dict(optimizer: Any) -> Any:

@@ -12,27 +12,18 @@ from typing import Any
 
 import torch
 
-import memopt.optim as room
 from memopt.optim.formats import names
+from tests.optim.every_rule import PAIRS, made
 from tests.optim.training import parameters, run
 
-RULES = (
-    "Adagrad", "Adam", "AdamMini", "AdamW", "AdEMAMix", "LAMB", "LARS", "Lion", "Muon", "NorMuon", "RMSprop", "SGD",
-)  # fmt: skip
 SHAPES = ((20, 300), (97, 101), (260, 257), (8,))  # whole and ragged rows, flat, rank-1 scales, small
 SAVED = (0, 1, 3)
 STEPS = 5
 
 
-def optimizer_of(rule: str, state: str, params: list[torch.Tensor]) -> Any:
-    momentum = {"momentum": 0.9} if rule == "SGD" else {}
-    return getattr(room, rule)(params, state=state, **momentum)
-
-
 def combinations() -> list[tuple[str, str, int]]:
     """Every rule in every format, at one of the steps; each rule and each format meets every step."""
-    pairs = [(rule, state) for rule in RULES for state in names()]
-    return [(rule, state, SAVED[(i + i // len(names())) % len(SAVED)]) for i, (rule, state) in enumerate(pairs)]
+    return [(rule, state, SAVED[(i + i // len(names())) % len(SAVED)]) for i, (rule, state) in enumerate(PAIRS)]
 
 
 def resume_all(folder: Path) -> None:
@@ -40,7 +31,7 @@ def resume_all(folder: Path) -> None:
     for rule, state, saved in combinations():
         kept = torch.load(folder / f"{rule}-{state}.pt", weights_only=True)
         params = [torch.nn.Parameter(p) for p in kept["params"]]
-        optimizer = optimizer_of(rule, state, params)
+        optimizer = made(rule, params, state=state)
         optimizer.load_state_dict(kept["optimizer"])
         run(optimizer, range(saved, STEPS))
         for number, (p, expected) in enumerate(zip(params, kept["expected"], strict=True)):
@@ -50,7 +41,7 @@ def resume_all(folder: Path) -> None:
 def test_every_rule_and_format_resumes_in_a_fresh_process(tmp_path: Path) -> None:
     for rule, state, saved in combinations():
         params = parameters(SHAPES)
-        optimizer = optimizer_of(rule, state, params)
+        optimizer = made(rule, params, state=state)
         run(optimizer, saved)
         kept: dict[str, Any] = {"params": [p.detach().clone() for p in params]}
         file = tmp_path / f"{rule}-{state}.pt"

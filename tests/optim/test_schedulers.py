@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from memopt.optim import AdamW
-from tests.optim.test_every_format import RULES, made
+from tests.optim.every_rule import RULES, made
 from tests.optim.training import largest_difference, parameters, run
 
 # What a scheduler cannot be made without.
@@ -64,19 +64,29 @@ def test_schedulers_move_ours_as_torchs(name: str) -> None:
     assert largest_difference(found[0][0], found[1][0]) <= 6 * 2.0**-21
 
 
-@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
-@pytest.mark.parametrize("rule", RULES)
-def test_momentum_is_cycled_where_a_rule_has_it(rule: str, name: str) -> None:
-    """As torch's: betas' first where there are betas, else the momentum; a rule with neither is refused by torch."""
-    optimizer = made(rule, parameters([(20, 30)]), lr=0.01)
-    if rule == "Adagrad":
-        with pytest.raises(ValueError, match="must support momentum or beta1"):
-            build(name, optimizer)
-        return
+CYCLED = pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+
+
+def momenta(name: str, optimizer: torch.optim.Optimizer) -> list[float]:
     scheduler, found = build(name, optimizer), []
     for step in range(3):
         run(optimizer, [step])
         group = optimizer.param_groups[0]
         found.append(group["betas"][0] if "betas" in group else group["momentum"])
         scheduler.step()
-    assert len(set(found)) > 1 or name == "CyclicLR"
+    return found
+
+
+@CYCLED
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "Adagrad"])
+def test_momentum_is_cycled_where_a_rule_has_it(rule: str, name: str) -> None:
+    """As torch's: betas' first where there are betas, else the momentum."""
+    found = momenta(name, made(rule, parameters([(20, 30)])))
+    assert found == momenta(name, torch.optim.SGD(parameters([(20, 30)]), lr=0.01, momentum=0.9))
+    assert len(set(found)) > 1
+
+
+@CYCLED
+def test_a_rule_without_momentum_is_refused_by_torch(name: str) -> None:
+    with pytest.raises(ValueError, match="must support momentum or beta1"):
+        build(name, made("Adagrad", parameters([(20, 30)])))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import memopt.optim as room
+from tests.optim.every_rule import RULES, made
 from tests.optim.training import copies, gradients, largest_difference, parameters, run
 
 
@@ -35,9 +36,6 @@ def _optim_db() -> list[Any]:
 
 
 IGNORED = ("foreach", "fused", "capturable", "differentiable")
-RULES = [
-    "Adagrad", "Adam", "AdamMini", "AdamW", "AdEMAMix", "LAMB", "LARS", "Lion", "Muon", "NorMuon", "RMSprop", "SGD",
-]  # fmt: skip
 
 
 def _inputs() -> list[Any]:
@@ -64,11 +62,6 @@ def test_every_input_of_torchs_suite_gives_torchs_values(theirs: type, options: 
     assert largest_difference(ours, reference) <= allowed
 
 
-def _make(rule: str, params: Any, **options: Any) -> Any:
-    momentum = {"momentum": 0.9} if rule == "SGD" else {}
-    return getattr(room, rule)(params, **{"lr": 0.01, **momentum, **options})
-
-
 def _shapes(state: str) -> list[tuple[int, ...]]:
     return [(70, 80), (33, 200), (4, 3, 5), (10,), (), (0,), (0, 4)]
 
@@ -80,7 +73,7 @@ class TestBehaviours:
 
     def test_groups_differ_and_can_be_added(self, rule: str, state: str) -> None:
         params = parameters(_shapes(state))
-        optimizer = _make(rule, [{"params": params[:1], "lr": 0.0}], state=state)
+        optimizer = made(rule, [{"params": params[:1], "lr": 0.0}], state=state)
         optimizer.add_param_group({"params": params[1:], "weight_decay": 0.1})
         before = copies(params)
         run(optimizer, 2)
@@ -97,7 +90,7 @@ class TestBehaviours:
         strides = [p.stride() for p in (plain, turned, spread)]
         assert len(set(strides)) == 3
         for param in (plain, turned, spread):
-            run(_make(rule, [param], state=state), 3)
+            run(made(rule, [param], state=state), 3)
         assert [p.stride() for p in (plain, turned, spread)] == strides
         # Muon's matrix products may be summed in another order where the layout differs.
         allowed = 1e-3 if "Muon" in rule else 0.0 if rule not in ("LAMB", "LARS", "AdamMini") else 1e-6
@@ -112,8 +105,8 @@ class TestBehaviours:
                 gradients(params, 0)
                 for p, q in zip(wide, params, strict=True):
                     p.grad = q.grad.float()
-                _make(rule, params, state=state, param_rounding=rounding).step()
-                _make(rule, wide, state=state).step()
+                made(rule, params, state=state, param_rounding=rounding).step()
+                made(rule, wide, state=state).step()
                 assert all(p.dtype == dtype for p in params)
                 assert largest_difference(params, start) > 0
                 spacing = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
@@ -126,7 +119,7 @@ class TestBehaviours:
     def test_no_gradient_no_change(self, rule: str, state: str) -> None:
         params = parameters(_shapes(state))
         before = copies(params)
-        optimizer = _make(rule, params, state=state)
+        optimizer = made(rule, params, state=state)
         optimizer.step()
         assert not optimizer.state
         assert largest_difference(params, before) == 0
@@ -136,7 +129,7 @@ class TestBehaviours:
         finite = []
         for kept in ("fp32", state):
             params = parameters([(70, 256), (33, 200)])
-            optimizer = _make(rule, params, state=kept)
+            optimizer = made(rule, params, state=kept)
             for step in range(2):
                 gradients(params, step)
                 if step == 0:
@@ -149,7 +142,7 @@ class TestBehaviours:
         """The values of a run on plain gradients, bit for bit: scales are powers of two; gradients are left alone."""
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         params, others = parameters(_shapes(state)), parameters(_shapes(state))
-        ours, plain = _make(rule, params, state=state), _make(rule, others, state=state)
+        ours, plain = made(rule, params, state=state), made(rule, others, state=state)
         for step in range(4):
             gradients(params, step)
             gradients(others, step)
@@ -170,7 +163,7 @@ class TestBehaviours:
 
     def test_nonfinite_gradients_can_skip_the_step(self, rule: str, state: str) -> None:
         params = parameters(_shapes(state))
-        optimizer = _make(rule, params, state=state, skip_nonfinite=True)
+        optimizer = made(rule, params, state=state, skip_nonfinite=True)
         run(optimizer, 1)
         before, kept = copies(params), copy.deepcopy(optimizer.state_dict()["state"])
         for value in (torch.nan, -torch.inf):
@@ -188,6 +181,6 @@ def test_sparse_and_complex_are_refused_by_every_rule() -> None:
         param = torch.nn.Parameter(torch.zeros(4, 3))
         param.grad = torch.zeros(4, 3).to_sparse()
         with pytest.raises(RuntimeError, match="sparse gradient"):
-            _make(rule, [param]).step()
+            made(rule, [param]).step()
         with pytest.raises(ValueError, match="real floating-point"):
-            _make(rule, [torch.zeros(4, 3, dtype=torch.complex64)])
+            made(rule, [torch.zeros(4, 3, dtype=torch.complex64)])

@@ -23,6 +23,11 @@ def parameters(shapes: Sequence[Shape] = SHAPES, dtype: torch.dtype = torch.floa
     return [torch.nn.Parameter(value.to(dtype)) for value in values]
 
 
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    """Its parameters, group by group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def gradients(params: Sequence[Tensor], step: int, spread: float = 1.0) -> None:
     """Give every parameter the gradient of this step."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -32,7 +37,7 @@ def gradients(params: Sequence[Tensor], step: int, spread: float = 1.0) -> None:
 
 def run(optimizer: Optimizer, steps: int | Sequence[int]) -> None:
     """Steps with the gradients that belong to their numbers."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     for step in range(steps) if isinstance(steps, int) else steps:
         gradients(params, step)
         optimizer.step()
