@@ -17,8 +17,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import memopt.optim
 from memopt.optim.formats import names
 from tests.distributed.ranks import run_ranks
+from tests.kernels.loss_cases import error
 
 STATES = names()
+# Sums in another order move an update by less than a parameter's last place; each step may round it to another value.
+ROUNDING = torch.finfo(torch.float32).eps
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -147,7 +150,7 @@ def test_rules_over_whole_parameters_agree_up_to_rounding(rule: str) -> None:
     expected = advance(*build(rule, torch.float32, {"state": "fp32"}, False, shapes()), range(3))
     for got in run_ranks(sharded_steps, 2, rule, {"state": "fp32"}, 3):
         for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+            assert error(got[name], value.double()) <= 3 * ROUNDING, name
 
 
 def sharded_steps(rank: int, rule: str, options: dict[str, Any], steps: int) -> dict[str, Tensor]:
@@ -280,8 +283,9 @@ def test_states_of_rows_and_blocks_are_resharded(rule: str, tmp_path: Path) -> N
     run_ranks(save, 2, str(tmp_path), *made, True, shapes())
     for got in run_ranks(resume, 3, str(tmp_path), *made, True, shapes()):
         for name, value in expected.items():
-            error = (got[name] - value).abs().mean() / 1e-2  # in units of the learning rate
-            assert error < 0.05, name
+            # Ten moments may lie a code further, which moves ten elements by a 127th of the learning rate.
+            allowed = 5 * ROUNDING * value.norm() + 10 * 1e-2 / 127
+            assert (got[name] - value).norm() <= allowed, name
 
 
 def head_blocks(rank: int, sharded: bool) -> dict[str, Tensor]:
@@ -297,4 +301,4 @@ def test_blocks_of_several_rows_may_lie_on_several_ranks(world_size: int) -> Non
     expected = head_blocks(0, False)
     for got in run_ranks(head_blocks, world_size, True):
         for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+            assert error(got[name], value.double()) <= 4 * ROUNDING, name
