@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import memopt.optim
 from memopt.optim.formats import names
 from tests.distributed.ranks import run_ranks
+from tests.distributed.training import assert_bitwise
 from tests.kernels.loss_cases import error
 
 STATES = names()
@@ -102,8 +103,7 @@ def test_adamw_sharded_by_rows_is_bitwise_the_unsharded_one(state: str, dtype: t
     options = {"state": state, "param_rounding": "stochastic" if dtype is torch.bfloat16 else "nearest"}
     expected = advance(*build("AdamW", dtype, options, False, shapes()), range(4))
     for got in run_ranks(sharded_run, world_size, "AdamW", dtype, options, shapes()):
-        for name, value in expected.items():
-            assert torch.equal(got[name], value), name
+        assert_bitwise(got, expected)
 
 
 def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -140,8 +140,7 @@ def test_other_elementwise_rules_too(rule: str, state: str) -> None:
     options = {"state": state, **MORE.get(rule, {})}
     expected = advance(*build(rule, torch.float32, options, False, shapes()), range(4))
     for got in run_ranks(sharded_run, 2, rule, torch.float32, options, shapes()):
-        for name, value in expected.items():
-            assert torch.equal(got[name], value), name
+        assert_bitwise(got, expected)
 
 
 @pytest.mark.parametrize("rule", ["LAMB", "LARS", "Muon", "NorMuon", "AdamMini"])
@@ -166,8 +165,7 @@ def test_checkpoints_are_resharded_to_another_number_of_ranks(
     expected = advance(*build(*made, False, shapes()), range(5))
     run_ranks(save, before, str(tmp_path), *made, before > 1, shapes())
     for got in run_ranks(resume, after, str(tmp_path), *made, after > 1, shapes()):
-        for name, value in expected.items():
-            assert torch.equal(got[name], value), name
+        assert_bitwise(got, expected)
 
 
 def full_state(rank: int, *made: Any) -> dict[str, Any]:
@@ -220,8 +218,7 @@ def test_all_ranks_skip_a_step_when_one_sees_an_infinity() -> None:
     assert skipped == 1
     for got, count in run_ranks(spoiled, 2, *made, True, shapes()):
         assert count == 1
-        for name, value in expected.items():
-            assert torch.equal(got[name], value), name
+        assert_bitwise(got, expected)
 
 
 def kinds(rank: int, state: str, sharded: bool) -> dict[str, list[str]]:
@@ -252,8 +249,7 @@ def from_torch(rank: int, state: str, sharded: bool) -> dict[str, Tensor]:
 def test_sharded_states_of_torch_are_taken_over(state: str) -> None:
     expected = from_torch(0, state, False)
     for got in run_ranks(from_torch, 2, state, True):
-        for name, value in expected.items():
-            assert torch.equal(got[name], value), name
+        assert_bitwise(got, expected)
 
 
 def from_one_rank(rank: int, saved: dict[str, Any], *made: Any) -> dict[str, Tensor]:
@@ -271,8 +267,7 @@ def test_a_whole_state_dict_loads_into_a_sharded_optimizer() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     expected = advance(model, optimizer, range(2, 4))
     for got in run_ranks(from_one_rank, 2, saved, *made):
-        for name, value in expected.items():
-            assert torch.equal(got[name], value), name
+        assert_bitwise(got, expected)
 
 
 @pytest.mark.parametrize("rule", ["NorMuon", "AdamMini"])
