@@ -36,7 +36,9 @@ class Update:
     Args:
         name: letters, digits and ``_``; names the generated kernels.
         states: what the rule keeps between steps.
-        scalars: names of the numbers the host computes each step.
+        scalars: names of the numbers the host computes each step. ``grad_scale``, where it is one of them, multiplies
+            the gradient as it comes: native kernels leave out the product where it is 1, and round it as it stands
+            elsewhere, so that powers of two change nothing else.
         reductions: names of the per-parameter sums ``fn`` returns, such as ``||p||**2``.
     """
 

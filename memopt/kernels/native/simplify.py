@@ -8,19 +8,22 @@ from memopt.kernels.expr import Expr, make
 
 
 def rewritten(node: Expr, made: dict[Expr, Expr], positive: list[Expr] | None = None) -> Expr:
-    """A copy of a graph in which the host multiplies the uniform factors of each product; itself where nothing changes.
+    """A copy of a graph in which the host multiplies the uniform factors of each product and factors of 1 are left out;
+    itself where nothing changes.
 
     Args:
         node: the graph's root.
         made: what stands in place of which node; copies are added.
-        positive: where given, roots and quotients pass factors on too; uniform numbers that must be above 0 for that
-            are added to it.
+        positive: where given, quotients pass factors on too, which must be above 0 for that and are added to it, and
+            roots those that are among them.
     """
     if node not in made:
         args = tuple(rewritten(arg, made, positive) for arg in node.args)
         same = all(a is b for a, b in zip(args, node.args, strict=True))
         copy = node if same else make(node.op, *args, name=node.name)
-        if _scaled(copy):
+        if copy.op == "mul" and any(_is_one(arg) for arg in copy.args):
+            copy = copy.args[_is_one(copy.args[0])]
+        elif _scaled(copy):
             copy = _gathered(copy)
         elif positive is not None:
             copy = _passed_on(copy, positive)
@@ -69,14 +72,13 @@ def uniform_factor(product: Expr) -> Expr:
 
 
 def _passed_on(node: Expr, positive: list[Expr]) -> Expr:
-    """sqrt(x * u) as sqrt(x) * sqrt(u), and (x * u) / (y * v + w) as x / (y * (v / u) + w / u)."""
+    """sqrt(x * u) as sqrt(x) * sqrt(u) for a positive u; (x * u) / (y * v + w) as x / (y * (v / u) + w / u)."""
     inner = None if node.uniform or node.op not in ("sqrt", "div") else _split(node.args[0])
     if inner is None:
         return node
     number, rest = inner
     if node.op == "sqrt":
-        positive.append(number)
-        return make("sqrt", rest) * make("sqrt", number)
+        return make("sqrt", rest) * make("sqrt", number) if number in positive else node
     denominator = node.args[1]
     if denominator.op != "add" or not denominator.args[1].uniform or not _scaled(denominator.args[0]):
         return node
@@ -85,6 +87,10 @@ def _passed_on(node: Expr, positive: list[Expr]) -> Expr:
     element = next(arg for arg in product.args if arg is not factor)
     positive.append(number)
     return rest / (element * (factor / number) + offset / number)
+
+
+def _is_one(node: Expr) -> bool:
+    return node.op == "const" and node.value == 1.0
 
 
 def _split(product: Expr) -> tuple[Expr, Expr] | None:

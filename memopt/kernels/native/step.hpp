@@ -57,13 +57,18 @@ static void one_tile(const Task& t, int64_t row, int64_t col, int n, const float
 
 // sums: one row of N_SUMS doubles for every task; step_key: from seed and step
 extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, double* sums, uint64_t step_key, int threads) {
-    const int64_t AIM = 32768;  // elements in one piece of work
+    // Elements in one piece of work. The longer, the less often streams from memory begin anew; 64 pieces keep threads
+    // busy. Sums are added up by pieces, which must be the same whatever else the call holds.
+    const int64_t SHORT = 32768, LONG = 8 * SHORT;
+    int64_t aim = 0;
+    for (int64_t i = 0; i < count; i++) aim += tasks[i].rows * tasks[i].cols / 64;
+    aim = N_SUMS || aim < SHORT ? SHORT : aim > LONG ? LONG : aim;
     int64_t* first = new int64_t[count + 1];
     first[0] = 0;
     for (int64_t i = 0; i < count; i++) {
         const Task& t = tasks[i];
         int64_t tiles = t.rows * blocks_in_row(t, TILE), each = t.cols < TILE ? t.cols : TILE;
-        int64_t per = AIM / each > 0 ? AIM / each : 1;
+        int64_t per = aim / each > 0 ? aim / each : 1;
         first[i + 1] = first[i] + (tiles + per - 1) / per;
     }
     int64_t pieces = first[count];
@@ -79,7 +84,7 @@ extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, dou
         Task t = tasks[low];
         t.key = mix64(step_key ^ t.key);
         int64_t in_row = blocks_in_row(t, TILE), each = t.cols < TILE ? t.cols : TILE;
-        int64_t per = AIM / each > 0 ? AIM / each : 1, tiles = t.rows * in_row;
+        int64_t per = aim / each > 0 ? aim / each : 1, tiles = t.rows * in_row;
         int64_t begin = (piece - first[low]) * per, end = begin + per < tiles ? begin + per : tiles;
         for (int64_t tile = begin; tile < end; tile++) {
             int64_t row = tile / in_row, index = tile % in_row, col = index * TILE;

@@ -15,7 +15,7 @@ from torch import Tensor
 from memopt import native_build
 from memopt.kernels import hashing, step_torch
 from memopt.kernels.native.cpp import evaluate
-from memopt.kernels.native.step_kind import StepKind
+from memopt.kernels.native.step_kind import GRAD_SCALE, StepKind
 from memopt.kernels.native.step_source import StepSource, step_source
 from memopt.kernels.quantized import Quantized
 from memopt.kernels.request import StepRequest, Stored, mark_written
@@ -122,7 +122,8 @@ def _types(request: StepRequest, i: int) -> _Types:
 
 
 def _kind(request: StepRequest, types: _Types) -> StepKind:
-    return StepKind(request.update, *types, request.roundings, request.param_rounding)
+    graded = request.scalars.get(GRAD_SCALE, 1.0) != 1.0
+    return StepKind(request.update, *types, request.roundings, request.param_rounding, graded=graded)
 
 
 def _in_order(request: StepRequest) -> tuple[StepRequest, list[tuple[Tensor, Tensor]]]:
@@ -184,9 +185,9 @@ def _call(
 
 def _fitting(kernel: _Kernel, scalars: Mapping[str, float]) -> tuple[_Kernel, array[float]]:
     """The kernel for these numbers, one that moves them less where they ask for it, and its uniform values."""
-    turned = tuple(j for j, unit in kernel.source.units.items() if evaluate(unit, scalars) < 0)
-    if turned and not kernel.kind.turned:
-        return _fitting(_variant(kernel, turned=turned), scalars)
+    graded = scalars.get(GRAD_SCALE, 1.0) != 1.0
+    if graded is not kernel.kind.graded:
+        return _fitting(_variant(kernel, graded=graded), scalars)
     if all(_SMALL < evaluate(number, scalars) < 1 / _SMALL for number in kernel.source.positive):
         values = array("f", [evaluate(number, scalars) for number in kernel.source.uniforms] or [0.0])
         if all(values[i] >= 0 for i in kernel.source.gains):

@@ -9,6 +9,8 @@ import torch
 from memopt.kernels.codecs import Codec
 from memopt.kernels.update import Update
 
+GRAD_SCALE = "grad_scale"  # see ``Update``
+
 
 @dataclass(frozen=True)
 class StepKind:
@@ -16,7 +18,7 @@ class StepKind:
 
     ``restart``: elements with a new value that is not finite start anew, at zero; only Triton's quantisers do without.
     ``scaled``: numbers may be moved between factors (see ``step_source``); only native kernels do.
-    ``turned``: states whose new values have a unit below zero, as where a rule climbs.
+    ``graded``: the scalar ``grad_scale`` is not 1; only native kernels ask.
     ``guarded``: gradients are scaled, and the step may be called off, by two numbers on the device; Triton only.
     """
 
@@ -28,7 +30,7 @@ class StepKind:
     param_rounding: str
     restart: bool = True
     scaled: bool = True
-    turned: tuple[int, ...] = ()
+    graded: bool = False
     guarded: bool = False
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from memopt.kernels.codecs import Codec
 from memopt.kernels.native.cpp import CPP_TYPES
 from memopt.kernels.native.stages import Stages, staged
-from memopt.kernels.native.step_kind import StepKind
+from memopt.kernels.native.step_kind import GRAD_SCALE, StepKind
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Parts:
     def _open_tile(self) -> list[str]:
         """Where a function over elements of a row begins: its numbers, its place, the keys of its random words."""
         lines = [f"const vf U{i} = splat(uniforms[{i}]);" for i in range(self.uniforms)]
+        lines += [f"const vf {GRAD_SCALE} = U{self.uniforms - 1};"] if self.kind.graded else []
         lines += [
             f"using P = {CPP_TYPES[self.kind.param]};",
             f"using G = {CPP_TYPES[self.kind.grad]};",

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from memopt.kernels.codecs import Codec
-from memopt.kernels.expr import Expr, element, scalar
+from memopt.kernels.expr import Expr, constant, element, scalar
 from memopt.kernels.native.cpp import Printer, codec_functions, has_factors, header, literal, read, stage_functions
 from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor, unit_of
 from memopt.kernels.native.stages import Stages
 from memopt.kernels.native.step_body import Body
-from memopt.kernels.native.step_kind import StepKind
+from memopt.kernels.native.step_kind import GRAD_SCALE, StepKind
 from memopt.kernels.native.step_merged import MERGED_TILE
 
 TILE = 512  # elements whose new states wait in buffers at once; with 1024 the first cache loses what was prefetched
@@ -24,14 +24,13 @@ class StepSource:
     """A step's source.
 
     ``uniforms`` go into its array ``U``; those at ``gains`` must not be negative, and what is ``positive`` must be
-    above 0, as must the ``units`` of states.
+    above 0.
     """
 
     text: str
     uniforms: list[Expr]
     gains: tuple[int, ...]
     positive: tuple[Expr, ...]
-    units: dict[int, Expr]
 
 
 def step_source(kind: StepKind) -> StepSource:
@@ -43,15 +42,17 @@ def step_source(kind: StepKind) -> StepSource:
     count, update = len(kind.stored), kind.update
     inputs = tuple(element(f"s{j}") for j in range(count))
     p, g = element("p"), element("g")
-    answer = update.apply(p, g, inputs, SimpleNamespace(**{name: scalar(name) for name in update.scalars}))
-    new_p, states, sums = answer
+    scalars = {name: scalar(name) for name in update.scalars}
+    if GRAD_SCALE in scalars:  # an input: no factor to move elsewhere
+        scalars[GRAD_SCALE] = element(GRAD_SCALE) if kind.graded else constant(1.0)
+    new_p, states, sums = update.apply(p, g, inputs, SimpleNamespace(**scalars))
     first = Printer(fuse=True)
     written = [j for j in range(count) if states[j] is not inputs[j]]
     made: dict[Expr, Expr] = {}
     new_p, *others = (rewritten(root, made) for root in (new_p, *states, *sums))
     gains = _decoded_times(kind, [new_p, *others], inputs) if kind.scaled else {}
     found = {j: unit_of(others[j], product) for j, product in gains.items()}
-    units = {j: (-unit[0], -unit[1]) if j in kind.turned else unit for j, unit in found.items() if unit is not None}
+    units = {j: unit for j, unit in found.items() if unit is not None}
     positive = [unit for unit, _ in units.values()]
     checked = positive if kind.scaled else None
     factors = {j: uniform_factor(product) for j, product in gains.items()}
@@ -63,11 +64,13 @@ def step_source(kind: StepKind) -> StepSource:
     new_p, *others = (rewritten(root, made, checked) for root in (new_p, *others))
     states, sums = tuple(fresh.get(j, new) for j, new in enumerate(others[:count])), tuple(others[count:])
     stored = {states[j]: f"n{j}" for j in written if j in kind.quantised}
-    late = new_p is not p and not sums and bool(stored) and _leaves(new_p, stored) <= {"p", "g"}
+    late = new_p is not p and not sums and bool(stored) and _leaves(new_p, stored) <= {"p", "g", GRAD_SCALE}
     names = first.print(*[states[j] for j in written], *([new_p] if new_p is not p and not late else []), *sums)
     second = first.sequel(stored)
     param_name = second.print(new_p)[0] if late else "" if new_p is p else names[len(written)]
 
+    if kind.graded:
+        first.uniforms.append(scalar(GRAD_SCALE))
     gain_at = {j: at for at, j in enumerate(gains)}
     unit_at = {j: len(gains) + at for at, j in enumerate(units)}
     blocks = [s.block for s in kind.stored if isinstance(s, Codec)]
@@ -107,8 +110,7 @@ def step_source(kind: StepKind) -> StepSource:
     parts.insert(0, f"#if MEMOPT_AVX512\nenum {{ TILE = {wide} }};\n#else\nenum {{ TILE = {tile} }};\n#endif\n")
     parts.insert(0, f"{header()}enum {{ N_STATES = {count}, N_SUMS = {len(sums)} }};\n")
     parts.append(body.function())
-    only = {j: unit for j, (unit, _) in units.items()}
-    return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive), only)
+    return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive))
 
 
 def _decoded_times(kind: StepKind, roots: list[Expr], inputs: tuple[Expr, ...]) -> dict[int, Expr]:
