@@ -4,6 +4,8 @@ An attention module is ``nn.MultiheadAttention``, or any module that has linear 
 attributes, how many heads it has or how large one is (a count may also stand in its ``config``; grouped-query attention
 says how many key heads, too). Its layers are told apart by their sizes. Queries, keys and values of equal size are
 told apart by the first letter that matters of their names where that gives exactly one of each, else by their order.
+A layer that adapters are wrapped around, as PEFT's are, counts with all that the wrapper holds. Where queries, keys or
+values are, by name, the work of a module not known to be linear, nothing is said of the attention module.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
 _WIDTHS = ("embed_dim", "hidden_size", "n_embd", "dim", "d_model")
 _LETTER = re.compile(r"(?:^|_|^w)([qkv])(?:$|_|uery|ey|alue|ut|proj)")
+_WRAPPED = ("base_layer", "original_module")  # PEFT's names: of what adapters adapt, of what a trained copy replaces
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear map: a module with a matrix ``weight``, (outputs, inputs) or, as GPT-2 has them, (inputs, outputs)."""
+    """A linear map: a module with a matrix ``weight``, (outputs, inputs) or, as GPT-2 has them, (inputs, outputs); or
+    what is wrapped around one."""
 
     name: str
     module: nn.Module
@@ -31,9 +35,10 @@ class Layer:
     outputs: int
 
     @property
-    def by_rows(self) -> bool:
-        """Whether a row of the weight makes one output."""
-        return isinstance(self.module, nn.Linear)
+    def by_rows(self) -> list[nn.Linear]:
+        """The module, or its like within a wrapper, if a row of the weight makes one output."""
+        linear = [module for module in self.module.modules() if isinstance(module, nn.Linear)]
+        return [one for one in linear if (one.in_features, one.out_features) == (self.inputs, self.outputs)]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Attention:
     """Parameters of one attention module by what they make; ``fused`` ones make queries, keys and values together.
 
     ``name`` is the module's in the model, ``head`` the elements of one head. ``heads_by_row`` are those of the query,
-    key and fused parameters whose first dimension counts heads.
+    key and fused parameters whose first dimension counts heads, adapters excepted.
     """
 
     name: str
@@ -52,11 +57,18 @@ class Attention:
     heads_by_row: tuple[Tensor, ...]
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that others are wrapped around; the module itself where there are none."""
+    inner = next((one for name in _WRAPPED if isinstance(one := getattr(module, name, None), nn.Module)), None)
+    return module if inner is None else unwrapped(inner)
+
+
 def linear_layer(name: str, module: nn.Module) -> Layer | None:
     """The module as a linear map, or None where it is none."""
-    if isinstance(module, nn.Linear):
-        return Layer(name, module, module.in_features, module.out_features)
-    weight, outputs = getattr(module, "weight", None), getattr(module, "nf", None)
+    inner = unwrapped(module)
+    if isinstance(inner, nn.Linear):
+        return Layer(name, module, inner.in_features, inner.out_features)
+    weight, outputs = getattr(inner, "weight", None), getattr(inner, "nf", None)
     if isinstance(weight, Tensor) and weight.dim() == 2 and outputs == weight.shape[1]:  # transformers' Conv1D
         return Layer(name, module, weight.shape[0], weight.shape[1])
     return None
@@ -67,12 +79,12 @@ def attentions(model: nn.Module) -> Iterator[Attention]:
     layers = [layer for name, one in model.named_modules() if (layer := linear_layer(name, one)) is not None]
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            yield _multihead(name, module)
+            yield _multihead(name.removesuffix(f".{_WRAPPED[0]}"), module)
             continue
         own = [layer for key, child in module.named_children() if (layer := linear_layer(key, child)) is not None]
         sizes = _sizes(module, own[0].inputs) if own else None
         if sizes is not None:
-            found = _parted(name, own, *sizes, following=_after(name, layers))
+            found = _parted(name, own, *sizes, hidden=_hidden(module, own), following=_after(name, layers))
             if found is not None:
                 yield found
 
@@ -110,6 +122,21 @@ def _sizes(module: nn.Module, width: int) -> tuple[int, int, int] | None:
     return heads, _whole(module, _KEY_HEADS) or heads, head or total // heads
 
 
+def _hidden(module: nn.Module, own: list[Layer]) -> bool:
+    """Whether queries, keys or values are, by name, the work of a module with matrices that is not known as linear."""
+    linear = {one.name for one in own}
+    others = [
+        name for name, child in module.named_children()
+        if name not in linear and any(p.dim() > 1 for p in child.parameters())
+    ]  # fmt: skip
+    return not set(map(_letter, others)) <= {None, *map(_letter, linear)}
+
+
+def _letter(name: str) -> str | None:
+    found = _LETTER.search(name.lower())
+    return found[1] if found else None
+
+
 def _after(name: str, layers: list[Layer]) -> Layer | None:
     """The first linear layer of the model after the module of that name."""
     inside = [i for i, layer in enumerate(layers) if layer.name.startswith(f"{name}.")]
@@ -117,13 +144,13 @@ def _after(name: str, layers: list[Layer]) -> Layer | None:
 
 
 def _parted(
-    name: str, own: list[Layer], heads: int, key_heads: int, head: int, following: Layer | None
+    name: str, own: list[Layer], heads: int, key_heads: int, head: int, *, hidden: bool, following: Layer | None
 ) -> Attention | None:
     fused = [one for one in own if one.outputs == (heads + 2 * key_heads) * head][:1]
     query_key: list[Layer] = []
     values: list[Layer] = []
     if not fused:
-        made = _queries_keys_values(own, heads * head, key_heads * head)
+        made = None if hidden else _queries_keys_values(own, heads * head, key_heads * head)
         if made is None:
             return None
         query_key, values = [made[0], made[1]], [made[2]] if made[2] is not None else []
@@ -136,16 +163,16 @@ def _parted(
         _parameters(query_key),
         _parameters([*values, *outputs]),
         _parameters(fused),
-        _parameters([one for one in (*fused, *query_key) if one.by_rows]),
+        tuple(p for one in (*fused, *query_key) for module in one.by_rows for p in module.parameters()),
     )
 
 
 def _queries_keys_values(own: list[Layer], width: int, key_width: int) -> tuple[Layer, Layer, Layer | None] | None:
     named: dict[str, list[Layer]] = {"q": [], "k": [], "v": []}
     for one in own:
-        letter = _LETTER.search(one.name.lower())
-        if letter and one.outputs == (width if letter[1] == "q" else key_width):
-            named[letter[1]].append(one)
+        letter = _letter(one.name)
+        if letter and one.outputs == (width if letter == "q" else key_width):
+            named[letter].append(one)
     if all(len(found) == 1 for found in named.values()):
         return named["q"][0], named["k"][0], named["v"][0]
     queries = [one for one in own if one.outputs == width][:1]

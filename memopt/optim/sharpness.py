@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from memopt.optim import checks
-from memopt.optim.attention import Attention, attentions, linear_layer
+from memopt.optim.attention import Attention, attentions, linear_layer, unwrapped
 
 RATIOS: Mapping[str, float] = {
     "embedding": 10.0, "qk": 8.0, "ffn": 6.0, "vo": 4.0, "qkv": 4.0, "norm": 1.0, "other": 1.0,
@@ -35,31 +35,32 @@ def block_kinds(model: nn.Module) -> dict[str, str]:
     - norm: modules without children whose parameters all have one dimension;
     - ffn: the other linear layers and matrices of the smallest module that holds an attention module and any of them;
     - other: the rest, tables of positions inside an attention module among them.
+
+    Adapters wrapped around a layer (PEFT) are of its kind.
     """
     kinds: dict[int, str] = {}
     found = list(attentions(model))
     inside = [module for one in found for module in model.get_submodule(one.name).modules()]
     for module in inside:
-        if isinstance(module, nn.Embedding):
+        if isinstance(unwrapped(module), nn.Embedding):
             _take(kinds, module.parameters(), "other")
+    linear = {id(p) for module in model.modules() if linear_layer("", module) is not None for p in module.parameters()}
     for module in model.modules():
         held = list(module.parameters(recurse=False))
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            _take(kinds, held, "embedding")
-        elif not any(module.children()) and linear_layer("", module) is None and all(p.dim() == 1 for p in held):
+        if isinstance(unwrapped(module), nn.Embedding | nn.EmbeddingBag):
+            _take(kinds, module.parameters(), "embedding")
+        elif not any(module.children()) and all(p.dim() == 1 and id(p) not in linear for p in held):
             _take(kinds, held, "norm")
     for one in found:
         _take(kinds, one.query_key, "qk")
         _take(kinds, one.value_output, "vo")
         _take(kinds, one.fused, "qkv")
     for module in inside:
-        linear = linear_layer("", module) is not None
-        _take(kinds, module.parameters(recurse=False), "qkv" if linear else "other")
+        held = list(module.parameters(recurse=False))
+        _take(kinds, [p for p in held if id(p) in linear], "qkv")
+        _take(kinds, held, "other")
     for layer in _layers_around(model, found, kinds):
-        for module in layer.modules():
-            held = list(module.parameters(recurse=False))
-            linear = linear_layer("", module) is not None
-            _take(kinds, [p for p in held if linear or p.dim() > 1], "ffn")
+        _take(kinds, [p for p in layer.parameters() if id(p) in linear or p.dim() > 1], "ffn")
     return {name: kinds.get(id(p), "other") for name, p in model.named_parameters()}
 
 

@@ -33,6 +33,14 @@ class Latent(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(4))
 
 
+class Adapted(nn.Module):
+    """A layer with an adapter beside it, under names that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.down, self.up = nn.Linear(32, 32), nn.Linear(32, 4), nn.Linear(4, 32)
+
+
 class Around(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -165,3 +173,14 @@ def test_models_and_rates_of_other_kinds_are_refused() -> None:
         blockwise_lr(model.requires_grad_(False), 1.0)
     with pytest.raises(ValueError, match="found no attention module"):
         blockwise_lr(conv_net(), 1.0)
+
+
+def test_what_hides_queries_or_values_is_not_guessed_from_the_layers_left() -> None:
+    attention = Attention()
+    model = nn.ModuleDict({"attention": attention, "feed": feed()})
+    assert set(block_kinds(model).values()) == {"qk", "vo", "ffn", "other"}
+    attention.q, attention.v = Adapted(), Adapted()
+    with pytest.raises(ValueError, match=r"found no attention module.* kinds="):
+        blockwise_lr(model, 1.0)
+    groups = blockwise_lr(model, 1.0, kinds={"attention.q": "qk", "attention.k": "qk", "feed": "ffn"})
+    assert [(group["lr"], len(group["params"])) for group in groups] == [(8.0, 7), (1.0, 7), (10.0, 1), (6.0, 2)]
