@@ -24,7 +24,8 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "greedy": (BlockCoordinate, {"switch_every": 2, "order": "greedy"}),
     "split blocks": (Split, {"density": 0.4, "switch_every": 3}),
     "split columns": (Split, {"density": 0.4, "switch_every": 3, "by": "columns"}),
-    "low rank": (LowRankDCT, {"rank": 16, "switch_every": 3, "side": "columns"}),
+    # Some coefficients are enough for states of few bits, in blocks that ranks share.
+    "low rank": (LowRankDCT, {"rank": 30, "switch_every": 3, "side": "columns"}),
 }
 
 
@@ -158,6 +159,21 @@ CONTINUED = [
 ]
 
 
+def check_low_rank(got: dict[str, Tensor], expected: dict[str, Tensor], in_codes: set[str]) -> None:
+    """Up to the roundings of ten steps.
+
+    Sums over ranks and matrix products of parts round differently, but an update far below its parameter hardly shows
+    it: what does is that each step rounds every parameter once, in both runs. Where states have few bits, a code may
+    come out as its neighbour, which a coefficient shows from then on, and its row with it: by less than its whole way.
+    """
+    for key, value in expected.items():
+        rows = zip(got[key], value.double(), strict=True) if key in in_codes else [(got[key], value.double())]
+        errors = [(error(one, other), float(other.norm())) for one, other in rows]
+        apart = [size * norm for size, norm in errors if size > 10 * torch.finfo(value.dtype).eps]
+        assert len(apart) <= len(errors) // 20, key
+        assert all(distance < 10 * 1e-2 for distance in apart), key
+
+
 @pytest.mark.parametrize(("before", "after", "at"), [(2, 2, 3), (2, 3, 4), (2, 1, 5), (3, 1, 5), (1, 2, 5)])
 @pytest.mark.parametrize(("name", "base", "dtype"), CONTINUED, ids=str)
 def test_checkpoints_continue_the_cycle_on_another_number_of_ranks(
@@ -166,12 +182,14 @@ def test_checkpoints_continue_the_cycle_on_another_number_of_ranks(
     """Visits last 2 or 3 steps: after 3, 4 and 5 steps of each some are in the middle of one and some between two."""
     run_ranks(save, before, str(tmp_path), name, base, dtype, at)
     _, model = made("plain", dtype)
-    expected = advance(model, build(model, name, base), range(10))
+    optimizer = build(model, name, base)
+    expected = advance(model, optimizer, range(10))
     for got in run_ranks(resume, after, str(tmp_path), name, base, dtype, at):
         if name == "low rank":
-            # Sums over ranks and matrix products of parts round differently, but an update far below its parameter
-            # hardly shows it: what does is that each of the ten steps rounds every parameter once, in both runs.
-            for key, value in expected.items():
-                assert error(got[key], value.double()) <= 10 * torch.finfo(dtype).eps, key
+            names = {id(p): key for key, p in model.named_parameters()}
+            states = {names[id(seat.param)]: optimizer.inner.state[seat.stand_in] for seat in optimizer._occupied}
+            in_codes = {key for key, state in states.items() if "exp_avg_codes" in state}
+            assert in_codes == {f"layers.{layer}.up.weight" for layer in range(3)}
+            check_low_rank(got, expected, in_codes)
         else:
             assert_bitwise(got, expected)

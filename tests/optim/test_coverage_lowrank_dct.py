@@ -186,6 +186,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Any, options: Any, at: int
     model = tiny(dtype)
     optimizer = LowRankDCT(model, base, rank=40, switch_every=3, lr=1e-2, **options)
     train(model, optimizer, range(at))
+    up = next(seat.stand_in for seat in optimizer._occupied if seat.param is model.layers[0].up.weight)
+    assert ("exp_avg_codes" in optimizer.inner.state[up]) == (base is AdamW8bit)  # the widest matrices' have 8 bits
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     expected = train(model, optimizer, range(at, 8))
