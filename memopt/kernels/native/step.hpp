@@ -1,5 +1,5 @@
-// The fused step's frame: what does not depend on the rule. A generated kernel defines N_STATES, N_SUMS, TILE and
-// one_tile(), and includes this text after them.
+// The fused step's frame: what does not depend on the rule. A generated kernel defines N_STATES, N_SUMS, UNIT (elements
+// that are whole blocks of every state), TILE and one_tile(), and includes this text after them.
 struct Stored {
     uint8_t* data;      // codes, or the plain state
     float* scales;      // null for a plain state
@@ -12,6 +12,13 @@ struct Task {           // one parameter; all fields are 8 bytes wide
     const char* grad;
     Stored state[N_STATES ? N_STATES : 1];
 };
+
+// Rows of whole blocks are one long row, but for words whose index passes 2**32.
+static Task joined(Task t) {
+    uint64_t last = t.start + (uint64_t)(t.rows * t.cols) - 1;
+    if (t.rows > 1 && t.cols % UNIT == 0 && t.start >> 32 == last >> 32) t.cols *= t.rows, t.rows = 1, t.flat = 1;
+    return t;
+}
 
 INLINE int64_t blocks_in_row(const Task& t, int64_t block) { return blocks_in_row(t.cols, t.flat, block); }
 INLINE vf first_lanes(vf x, int n) { return as_f(as_u(x) & (vu)(lanes() < splat_u((uint32_t)n))); }
@@ -66,7 +73,7 @@ extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, dou
     int64_t* first = new int64_t[count + 1];
     first[0] = 0;
     for (int64_t i = 0; i < count; i++) {
-        const Task& t = tasks[i];
+        const Task t = joined(tasks[i]);
         int64_t tiles = t.rows * blocks_in_row(t, TILE), each = t.cols < TILE ? t.cols : TILE;
         int64_t per = aim / each > 0 ? aim / each : 1;
         first[i + 1] = first[i] + (tiles + per - 1) / per;
@@ -81,7 +88,7 @@ extern "C" void run(const Task* tasks, int64_t count, const float* uniforms, dou
             (first[middle] <= piece ? low : high) = middle;
         }
         while (first[low + 1] <= piece) low++;
-        Task t = tasks[low];
+        Task t = joined(tasks[low]);
         t.key = mix64(step_key ^ t.key);
         int64_t in_row = blocks_in_row(t, TILE), each = t.cols < TILE ? t.cols : TILE;
         int64_t per = aim / each > 0 ? aim / each : 1, tiles = t.rows * in_row;

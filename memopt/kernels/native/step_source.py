@@ -108,7 +108,8 @@ def step_source(kind: StepKind) -> StepSource:
     )
     wide = MERGED_TILE if body.merges else wide
     parts.insert(0, f"#if MEMOPT_AVX512\nenum {{ TILE = {wide} }};\n#else\nenum {{ TILE = {tile} }};\n#endif\n")
-    parts.insert(0, f"{header()}enum {{ N_STATES = {count}, N_SUMS = {len(sums)} }};\n")
+    sizes = {"N_STATES": count, "N_SUMS": len(sums), "UNIT": unit if blocks else 1}
+    parts.insert(0, f"{header()}enum {{ {', '.join(f'{name} = {size}' for name, size in sizes.items())} }};\n")
     parts.append(body.function())
     return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive))
 
