@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,12 @@ import memopt
 from tests.planner.nets import GPT
 
 TOKENS = torch.zeros(4, 32, dtype=torch.long)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> None:
+    """Models and optimizers that other tests left in cycles would be metered too."""
+    gc.collect()
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -204,7 +212,4 @@ def test_a_model_under_a_plan_is_traced_without_it() -> None:
         model.zero_grad()
         with memopt.meter(model) as m:
             model(TOKENS, TOKENS).backward()
-    # other tests may have left models and optimizers behind, which are metered with this one
-    first = m.timeline[0].by_category
-    left = first["weights"] + first["gradients"] + first["optimizer_state"] - sum(p.nbytes for p in model.parameters())
-    assert m.peak_bytes - left == pytest.approx(plan.peak_bytes, rel=0.01)
+    assert m.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.01)
