@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -13,12 +11,6 @@ import memopt
 from tests.planner.nets import GPT
 
 TOKENS = torch.zeros(4, 32, dtype=torch.long)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left() -> None:
-    """Models and optimizers that other tests left in cycles would be metered too."""
-    gc.collect()
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
