@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from memopt.kernels.expr import Expr, make
@@ -31,15 +32,44 @@ def rewritten(node: Expr, made: dict[Expr, Expr], positive: list[Expr] | None = 
     return made[node]
 
 
-def unit_of(state: Expr, product: Expr) -> tuple[Expr, Expr] | None:
-    """A new state ``product + u * rest``: the uniform number u and the rest; None where it is none.
+def units_of(
+    roots: Sequence[Expr], states: Mapping[int, Expr], products: Mapping[int, Expr]
+) -> dict[int, tuple[Expr, Expr]]:
+    """Of new states ``product + u * rest``: the uniform number u and the rest, by the state's number.
 
-    The new state over u takes a product less, and the scale of its codes can be multiplied by u instead.
+    Such a state over u takes a product less, and the scale of its codes can be multiplied by u instead. The product
+    must have no other use, and none of the products may be a part of the rest.
+
+    Args:
+        roots: all that a step computes.
+        states: the new states.
+        products: what each takes from its old value.
     """
-    if state.op != "add" or product not in state.args:
-        return None
-    left, right = state.args
-    return _split(right if left is product else left)
+    users, found = _users(roots), {}
+    for j, product in products.items():
+        state = states[j]
+        if state.op != "add" or len(users[product]) != 1 or product not in state.args:
+            continue
+        split = _split(state.args[state.args[0] is product])
+        if split is not None and not _users([split[1]]).keys() & products.values():
+            found[j] = split
+    return found
+
+
+def _users(roots: Sequence[Expr]) -> dict[Expr, list[Expr]]:
+    """Every node that differs by element, with the nodes that use it, as often as they do; a root is used by itself."""
+    users: dict[Expr, list[Expr]] = defaultdict(list)
+    for root in roots:
+        users[root].append(root)
+    seen, waiting = set[Expr](), list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen and not node.uniform:
+            seen.add(node)
+            waiting += node.args
+            for arg in node.args:
+                users[arg].append(node)
+    return users
 
 
 def scaled_uses(roots: Sequence[Expr], inputs: Mapping[Expr, int]) -> dict[int, Expr]:
@@ -47,21 +77,11 @@ def scaled_uses(roots: Sequence[Expr], inputs: Mapping[Expr, int]) -> dict[int, 
 
     Such a state can be decoded times that number, which costs nothing: decoding is linear in a block's scale.
     """
-    users: dict[Expr, list[Expr]] = {node: [] for node in inputs}
-    seen, waiting = set[Expr](), list(roots)
-    while waiting:
-        node = waiting.pop()
-        if node in seen or node.uniform:
-            continue
-        seen.add(node)
-        waiting += node.args
-        for arg in node.args:
-            if arg in users:
-                users[arg].append(node)
+    users = _users(roots)
     return {
-        inputs[node]: used[0]
-        for node, used in users.items()
-        if len(used) == 1 and _scaled(used[0]) and node not in roots
+        number: users[node][0]
+        for node, number in inputs.items()
+        if len(users[node]) == 1 and _scaled(users[node][0]) and node not in roots
     }
 
 

@@ -22,6 +22,7 @@ from memopt.kernels.request import StepRequest, Stored, mark_written
 
 _Types = tuple[torch.dtype, torch.dtype, tuple[Any, ...]]
 FLAGS = ("-fschedule-insns", "-falign-loops=64")  # what waits for each other stands further apart; loops begin a line
+_LEAST, _LARGEST = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
 _SMALL = 2.0**-64  # numbers that others are divided by keep as far from 0 and infinity
 _GRAD = 6  # the place of the gradient's address in a row of the table
 
@@ -189,9 +190,10 @@ def _fitting(kernel: _Kernel, scalars: Mapping[str, float]) -> tuple[_Kernel, ar
     if graded is not kernel.kind.graded:
         return _fitting(_variant(kernel, graded=graded), scalars)
     if all(_SMALL < evaluate(number, scalars) < 1 / _SMALL for number in kernel.source.positive):
-        values = array("f", [evaluate(number, scalars) for number in kernel.source.uniforms] or [0.0])
-        if all(values[i] >= 0 for i in kernel.source.gains):
-            return kernel, values
+        values = [evaluate(number, scalars) for number in kernel.source.uniforms] or [0.0]
+        ordinary = all(value == 0 or _LEAST <= abs(value) <= _LARGEST for value in values)
+        if not kernel.kind.scaled or (ordinary and all(values[i] >= 0 for i in kernel.source.gains)):
+            return kernel, array("f", values)
     return _fitting(_variant(kernel, scaled=False), scalars)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from memopt.kernels.codecs import Codec
 from memopt.kernels.expr import Expr, constant, element, scalar
 from memopt.kernels.native.cpp import Printer, codec_functions, has_factors, header, literal, read, stage_functions
-from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor, unit_of
+from memopt.kernels.native.simplify import rewritten, scaled_uses, uniform_factor, units_of
 from memopt.kernels.native.stages import Stages
 from memopt.kernels.native.step_body import Body
 from memopt.kernels.native.step_kind import GRAD_SCALE, StepKind
@@ -48,21 +48,21 @@ def step_source(kind: StepKind) -> StepSource:
     new_p, states, sums = update.apply(p, g, inputs, SimpleNamespace(**scalars))
     first = Printer(fuse=True)
     written = [j for j in range(count) if states[j] is not inputs[j]]
-    made: dict[Expr, Expr] = {}
-    new_p, *others = (rewritten(root, made) for root in (new_p, *states, *sums))
-    gains = _decoded_times(kind, [new_p, *others], inputs) if kind.scaled else {}
-    found = {j: unit_of(others[j], product) for j, product in gains.items()}
-    units = {j: unit for j, unit in found.items() if unit is not None}
-    positive = [unit for unit, _ in units.values()]
-    checked = positive if kind.scaled else None
-    factors = {j: uniform_factor(product) for j, product in gains.items()}
-    first.uniforms += [number / units[j][0] if j in units else number for j, number in factors.items()]
-    first.uniforms += positive
-    made = {product: _decoded(kind, j) for j, product in gains.items()}
-    fresh = {j: rewritten(gains[j] + rest, made, checked) for j, (_, rest) in units.items()}
-    made |= {others[j]: fresh[j] * unit for j, (unit, _) in units.items()}
-    new_p, *others = (rewritten(root, made, checked) for root in (new_p, *others))
-    states, sums = tuple(fresh.get(j, new) for j, new in enumerate(others[:count])), tuple(others[count:])
+    gains, units, positive = dict[int, Expr](), dict[int, tuple[Expr, Expr]](), list[Expr]()
+    if kind.scaled:
+        made: dict[Expr, Expr] = {}
+        roots = [rewritten(root, made) for root in (new_p, *states, *sums)]
+        gains = scaled_uses(roots, {inputs[j]: j for j in kind.quantised})
+        units = units_of(roots, dict(enumerate(roots[1 : count + 1])), gains)
+        positive += [unit for unit, _ in units.values()]
+        factors = {j: uniform_factor(product) for j, product in gains.items()}
+        first.uniforms += [number / units[j][0] if j in units else number for j, number in factors.items()]
+        first.uniforms += positive
+        made = {product: _decoded(kind, j) for j, product in gains.items()}
+        fresh = {j: rewritten(gains[j] + rest, made, positive) for j, (_, rest) in units.items()}
+        made |= {roots[j + 1]: fresh[j] * unit for j, (unit, _) in units.items()}
+        new_p, *others = (rewritten(root, made, positive) for root in roots)
+        states, sums = tuple(fresh.get(j, new) for j, new in enumerate(others[:count])), tuple(others[count:])
     stored = {states[j]: f"n{j}" for j in written if j in kind.quantised}
     late = new_p is not p and not sums and bool(stored) and _leaves(new_p, stored) <= {"p", "g", GRAD_SCALE}
     names = first.print(*[states[j] for j in written], *([new_p] if new_p is not p and not late else []), *sums)
@@ -112,11 +112,6 @@ def step_source(kind: StepKind) -> StepSource:
     parts.insert(0, f"{header()}enum {{ {', '.join(f'{name} = {size}' for name, size in sizes.items())} }};\n")
     parts.append(body.function())
     return StepSource("".join(parts), first.uniforms, tuple(gain_at.values()), tuple(positive))
-
-
-def _decoded_times(kind: StepKind, roots: list[Expr], inputs: tuple[Expr, ...]) -> dict[int, Expr]:
-    """The products with a number that decoding can give in place of the state itself."""
-    return scaled_uses(roots, {inputs[j]: j for j in kind.quantised})
 
 
 def _decoded(kind: StepKind, j: int) -> Expr:
