@@ -214,6 +214,28 @@ def check_against_truth(state: Tensor | Quantized, truth: Tensor, where: Tensor)
     assert ((low <= found) & (found <= high))[where].all()
 
 
+def check_slow_decay() -> None:
+    """A second moment that loses a ten-thousandth a step does so in the mean, within five standard deviations: rounding
+    goes a code down with the probability that takes. An estimated root must not stand in for the exact one there."""
+    rule = Update(
+        "decay", (State("v", signed=False),), ("b",), lambda p, g, s, k: (p, (k.b * s[0] + (1 - k.b) * g * g,))
+    )
+    b, rows = 0.9999, 2048
+    for name, chosen in (("sqrt", (3, 8, 12, 15)), ("root4", (20, 100, 250))):
+        codec = get_codec(name)
+        levels = codec.values().double()
+        for k in chosen:
+            x = torch.full((rows, codec.block), float(levels[k]))
+            x[:, 0] = 1.0
+            state = quantize_blockwise(x, codec)
+            grads = torch.zeros_like(x)
+            grads[:, 0] = 1.0  # the block's largest stays
+            step(rule, [torch.zeros_like(x)], [grads], [[state]], [state.codec], {"b": b}, seed=k)
+            down, count = (1 - b) * levels[k] / (levels[k] - levels[k - 1]), rows * (codec.block - 1)
+            found = (value(state)[:, 1:] < float(levels[k]) * (1 - 1e-3)).double().mean()
+            assert abs(found - down) <= 5 * (down / count) ** 0.5, (name, k, found, down)
+
+
 def requantized(x: Tensor, name: str, **options: Any) -> Quantized:
     """``quantize_blockwise``, of magnitudes where the codec is unsigned."""
     return quantize_blockwise(x if get_codec(name).signed else x.abs(), name, **options)

@@ -124,6 +124,7 @@ for a, b, start in zip(ours, oracle, before):
 for stored, our_stored in zip(states, our_states):
     for a, b in zip(stored, our_stored):
         cases.check_state(b, a)
+cases.check_slow_decay()
 """
 
 

@@ -19,6 +19,7 @@ from tests.kernels.step_cases import (
     Kind,
     check_against_truth,
     check_parameters,
+    check_slow_decay,
     check_state,
     codec_of,
     first_step_bounds,
@@ -136,6 +137,11 @@ def test_native_follows_the_oracle_over_many_blocks(kinds: tuple[Kind, Kind], mo
     for stored, mine in zip(states, our_states, strict=True):
         for a, b in zip(stored, mine, strict=True):
             check_state(b, a)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_second_moments_decay_however_slowly() -> None:
+    check_slow_decay()
 
 
 @pytest.mark.usefixtures("_backend")
