@@ -97,7 +97,7 @@ def _passed_on(node: Expr, positive: list[Expr]) -> Expr:
     if inner is None:
         return node
     number, rest = inner
-    if node.op == "sqrt":
+    if node.op == "sqrt":  # the very nodes, not their values: other factors may be large, or below 0
         return make("sqrt", rest) * make("sqrt", number) if number in positive else node
     denominator = node.args[1]
     if denominator.op != "add" or not denominator.args[1].uniform or not _scaled(denominator.args[0]):

@@ -17,7 +17,7 @@ class StepKind:
     """What one compiled step is made for; ``stored`` has a codec or a dtype for each state.
 
     ``restart``: elements with a new value that is not finite start anew, at zero; only Triton's quantisers do without.
-    ``scaled``: numbers may be moved between factors (see ``step_source``); only native kernels do.
+    ``scaled``: numbers may be moved between factors (see ``computed``); only native kernels do.
     ``graded``: the scalar ``grad_scale`` is not 1; only native kernels ask.
     ``guarded``: gradients are scaled, and the step may be called off, by two numbers on the device; Triton only.
     """
