@@ -198,13 +198,18 @@ def first_step_bounds(p: Tensor, g: Tensor, s: Mapping[str, float]) -> tuple[Ten
 
 def check_against_truth(state: Tensor | Quantized, truth: Tensor, where: Tensor) -> None:
     """A moment is some roundings and units of the smallest number off, or one of the two codes beside such a one, which
-    decodes with up to 14 roundings (see ``brute_force_excess``)."""
+    decodes with up to 14 roundings (see ``brute_force_excess``); scales are the largest moments of their blocks."""
     low, high = (truth.abs() * (1 - 8 * ROUNDING) - SMALLEST).clamp(min=0), truth.abs() * (1 + 8 * ROUNDING) + SMALLEST
     found = value(state).abs()
     if isinstance(state, Quantized):
         assert state.scales.isfinite().all()
-        scales = state.scales.reshape(-1, state.scales.shape[-1])[:, state.codec.blocks(state.shape).index()]
-        scale = scales.reshape(state.shape).double()
+        index = state.codec.blocks(state.shape).index()
+        held = state.scales.reshape(-1, state.scales.shape[-1]).double()
+        rows, inside = truth.abs().reshape(len(held), -1), where.reshape(len(held), -1)
+        for k in range(held.shape[1]):
+            largest, ordinary = rows[:, index == k].amax(1), inside[:, index == k].all(1)
+            assert ((held[:, k] - largest).abs() <= 8 * ROUNDING * largest + SMALLEST)[ordinary].all()
+        scale = held[:, index].reshape(state.shape)
         levels = state.codec.values().double().abs().unique()
         least, most = scale * (1 - 8 * ROUNDING) - SMALLEST, scale * (1 + 8 * ROUNDING) + SMALLEST
         below = torch.searchsorted(levels, torch.where(most > 0, low / most, 0.0), right=True) - 1
@@ -212,6 +217,7 @@ def check_against_truth(state: Tensor | Quantized, truth: Tensor, where: Tensor)
         decoded = levels[below.clamp(min=0)] * scale, levels[above.clamp(max=len(levels) - 1)] * scale
         low, high = decoded[0] * (1 - 16 * ROUNDING) - SMALLEST, decoded[1] * (1 + 16 * ROUNDING) + SMALLEST
     assert ((low <= found) & (found <= high))[where].all()
+    assert (value(state) * truth.sign() >= 0)[where].all()
 
 
 def check_slow_decay() -> None:
