@@ -15,18 +15,13 @@ class Blocks(Parts):
     def _open_codec(self, j: int, codec: Codec) -> list[str]:
         block = codec.block
         lines = [
-            f"int64_t in_row{j} = blocks_in_row(t, {block}), block{j} = col / {block};",
-            f"float* scales{j} = t.state[{j}].scales + row * in_row{j};",
+            *self._open_place(j, codec),
             f"alignas(64) float new{j}[{2 * self.tile + 64}];",
             f"vu maxima{j}[{2 * self.tile // block + 2}] = {{}};",
             f"float fresh{j}[{2 * self.tile // block + 2}], inverses{j}[{2 * self.tile // block + 2}];",
         ]
-        if codec.bits == 8:
-            lines.append(f"uint8_t* codes{j} = t.state[{j}].data + row * t.cols + col;")
-        else:
+        if codec.bits == 4:
             lines += [
-                f"uint8_t* packed{j} = t.state[{j}].data + row * bytes_in_row(t.cols, in_row{j}, {block}) "
-                f"+ block{j} * {(block + 1) // 2};",
                 f"alignas(64) uint8_t codes{j}[{2 * self.tile + 64}];",
                 *self._unless_paired(
                     j,
@@ -36,6 +31,17 @@ class Blocks(Parts):
                 ),
             ]
         return lines
+
+    @staticmethod
+    def _open_place(j: int, codec: Codec) -> list[str]:
+        """Where the scales of state j's row lie, and its codes from here on; the number of the block that is here."""
+        block, data = codec.block, f"t.state[{j}].data + row"
+        packed = f"{data} * bytes_in_row(t.cols, in_row{j}, {block}) + block{j} * {(block + 1) // 2}"
+        return [
+            f"int64_t in_row{j} = blocks_in_row(t, {block}), block{j} = col / {block};",
+            f"float* scales{j} = t.state[{j}].scales + row * in_row{j};",
+            f"uint8_t* codes{j} = {data} * t.cols + col;" if codec.bits == 8 else f"uint8_t* packed{j} = {packed};",
+        ]
 
     def _open_plain(self, j: int, dtype: torch.dtype) -> list[str]:
         kind = CPP_TYPES[dtype]

@@ -46,24 +46,19 @@ class Merged(Blocks, Elements):
 
     def _open_states(self, j: int) -> list[str]:
         codec = self._codec(j)
-        lines = [
-            f"int64_t in_row{j} = blocks_in_row(t, {codec.block});",
-            f"float* scales{j} = t.state[{j}].scales + row * in_row{j} + col / {codec.block};",
+        return [
+            *self._open_place(j, codec),
             f"alignas(64) float memory{j}[{2 * codec.block}];",
             f"const Ring<{2 * codec.block}> new{j}{{memory{j}}};",
             f"float inverses{j} = 0;",
         ]
-        if codec.bits == 8:
-            return [*lines, f"uint8_t* codes{j} = t.state[{j}].data + row * t.cols + col;"]
-        place = f"row * bytes_in_row(t.cols, in_row{j}, {codec.block}) + col / 2"
-        return [*lines, f"uint8_t* packed{j} = t.state[{j}].data + {place};"]
 
     def _both_passes(self) -> list[str]:
         """The second pass of block k - 1, where it ``closes`` one, and the first of block k, where it ``opens`` one."""
         lines = [f"const int to = {self.segment} * k, before = to - {self.segment};", "(void)before;"]
         lines += [f"vf inverse{j} = splat(inverses{j}); vu maximum{j} = {{}};" for j in self.coded]
         for j in self.coded:
-            lines += [f"const float scale{j} = opens ? scales{j}[k] : 0;", *self._decoder(j)]
+            lines += [f"const float scale{j} = opens ? scales{j}[block{j} + k] : 0;", *self._decoder(j)]
         lines += self._paired_loops() if self.paired else self._loops()
         return [
             *lines,
@@ -139,5 +134,6 @@ class Merged(Blocks, Elements):
             "}",
         ]
         for j in self.coded:
-            lines.append(f"scales{j}[k] = {self._in_units(j, f'closed{j}.scale')}, inverses{j} = closed{j}.inverse;")
+            scale = self._in_units(j, f"closed{j}.scale")
+            lines.append(f"scales{j}[block{j} + k] = {scale}, inverses{j} = closed{j}.inverse;")
         return lines
